@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from decoding import policy_for
-from exits import write_exits
+from exits import loaded_with, write_exits
 from plain_decoder import PlainDecoder
 from random_models import random_llama
 from transformers import (
@@ -22,14 +22,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ee_tuning.artifact.load import load_for_generation
-from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.policy import Policy
 from ee_tuning.engine.sampling import draw, draw_key, request_key
 from ee_tuning.engine.sequence import Sequence
-from ee_tuning.parallel.topology import init_parallel
 
 VOCAB, LAYERS, EOS = 101, 6, 100
 STEMS = [[(7 * i + 3) % VOCAB for i in range(64)], [(11 * i + 5) % VOCAB for i in range(64)]]
@@ -41,10 +38,7 @@ class Subject:
     def __init__(self, folder: Path, architecture: str = "mlp"):
         reference = random_llama(folder / "model", confident=True)
         exits = write_exits(folder / "model", folder / "exits", architecture=architecture)
-        config = load_config(
-            None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"}
-        )
-        self.loaded = load_for_generation(config, init_parallel(ParallelSection()))
+        self.loaded = loaded_with(folder / "model", exits, dtype="float64")
         self.plain = PlainDecoder(reference, exits, (2, 4), torch.float64)
 
     def engine(self, **options: Any) -> Engine:

@@ -168,17 +168,7 @@ def test_one_process_writes_what_four_write(world: World, tmp_path: Path) -> Non
     world.run(write, str(tmp_path / "model"), str(exits), str(tmp_path / "four"))
     assert (
         cli.main(
-            [
-                "export",
-                "--format",
-                "megatron",
-                "--model",
-                str(tmp_path / "model"),
-                "--exits",
-                str(exits),
-                "--output",
-                str(tmp_path / "one"),
-            ]
+            f"export --format megatron --model {tmp_path / 'model'} --exits {exits} --output {tmp_path / 'one'}".split()
         )
         == 0
     )
@@ -191,17 +181,7 @@ def test_one_process_writes_what_four_write(world: World, tmp_path: Path) -> Non
     world.run(write_hf, str(tmp_path / "one"), str(exits), str(tmp_path / "hf_four"))
     assert (
         cli.main(
-            [
-                "export",
-                "--format",
-                "hf",
-                "--model",
-                str(tmp_path / "one"),
-                "--exits",
-                str(exits),
-                "--output",
-                str(tmp_path / "hf_one"),
-            ]
+            f"export --format hf --model {tmp_path / 'one'} --exits {exits} --output {tmp_path / 'hf_one'}".split()
         )
         == 0
     )

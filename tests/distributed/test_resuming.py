@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from refusals import Hostile
 from tuning_jobs import NUM_STEPS, checkpoint, configure, make_tuner, records, tune
 from world import World
 
@@ -158,11 +159,6 @@ def test_what_a_run_keeps_is_its_own_past(model: Path, tmp_path: Path) -> None:
     latest.write_text("step_00000001\n")
     assert tune(job.replace(config, tuning={"keep_checkpoints": 2, "train_iters": 2}))
     assert sorted(path.name for path in latest.parent.iterdir()) == ["latest", "step_00000001", "step_00000002"]
-
-
-class Hostile:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch hostile",)
 
 
 def test_a_pickle_that_runs_commands_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

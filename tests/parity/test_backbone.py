@@ -4,12 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from decoding import full_logits
+from exits import loaded_with
 from random_models import random_llama
-
-from ee_tuning.artifact.load import load_for_generation
-from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.parallel.topology import init_parallel
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
 ROPES = {
@@ -48,10 +45,7 @@ SHAPES = {
 
 
 def our_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:  # [b, s] -> [b, s, v]
-    config = load_config(None, {"model.path": str(folder)})
-    model = load_for_generation(config, init_parallel(ParallelSection())).model
-    hidden, _ = model.run_layers(model.embed(tokens))
-    return F.linear(model.final_hidden(hidden), model.backbone.output_layer.weight).transpose(0, 1)
+    return full_logits(loaded_with(folder).model, tokens)
 
 
 @pytest.mark.parametrize("rope", ROPES)

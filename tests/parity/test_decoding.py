@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 import torch
 from decoding import decode, policy_for, run_all
-from exits import write_exits
+from exits import loaded_with, write_exits
 from plain_decoder import PlainDecoder
 from random_models import random_llama
 
-from ee_tuning.artifact.load import LoadedModel, load_for_generation
-from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.params import SamplingParams
-from ee_tuning.parallel.topology import init_parallel
 
 NEW_TOKENS = 24
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64], [99, 1, 0]]
@@ -54,10 +52,7 @@ class Subject:
 def subject(folder: Path, heads: dict[str, str]) -> Subject:
     reference = random_llama(folder / "model", confident=True)
     exits = write_exits(folder / "model", folder / "exits", **heads)
-    config = load_config(
-        None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"}
-    )
-    loaded = load_for_generation(config, init_parallel(ParallelSection()))
+    loaded = loaded_with(folder / "model", exits, dtype="float64")
     return Subject(loaded, PlainDecoder(reference, exits, (2, 4), torch.float64))
 
 

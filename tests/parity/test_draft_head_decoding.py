@@ -5,19 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from decoding import run_all
-from exits import write_exits
+from exits import loaded_with, write_exits
 from plain_drafter import PlainDrafter, tensors_of
 from random_models import random_llama
 
-from ee_tuning.artifact.load import LoadedModel, load_for_generation
-from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.artifact.load import LoadedModel
+from ee_tuning.config import load_config
 from ee_tuning.engine import draft_head_proposer
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.policy import Policy, policy_of
 from ee_tuning.errors import InputError
 from ee_tuning.model.eagle3 import Eagle3Head
-from ee_tuning.parallel.topology import init_parallel
 
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64] * 3, [99, 1, 0]]
 LISTED = tuple(range(0, 101, 2))
@@ -29,8 +28,7 @@ def load(folder: Path, listed: tuple[int, ...], aux_layers: list[int]) -> Loaded
     exits = write_exits(
         folder / "model", folder / "head", listed, exit_layers=[], architecture="eagle3", aux_layers=aux_layers
     )
-    keys = {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"}
-    return load_for_generation(load_config(None, keys), init_parallel(ParallelSection()))
+    return loaded_with(folder / "model", exits, dtype="float64")
 
 
 @pytest.fixture(autouse=True)

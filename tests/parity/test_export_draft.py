@@ -7,17 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from exits import write_exits
+from exits import loaded_with, write_exits
 from random_models import WITH_EXPERTS, random_llama, random_model
 from safetensors.torch import load_file, save_file
 
 from ee_tuning import cli
-from ee_tuning.artifact.load import load_for_generation
-from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.export import export_draft
 from ee_tuning.export.check import exit_logits
 from ee_tuning.export.draft_card import TRIED
-from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.storage.manifest import write_manifest
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
@@ -40,8 +37,7 @@ def plain(folder: Path) -> Any:
 
 
 def ours(model: Path, exits: Path, layer: int) -> torch.Tensor:  # [s, v]
-    keys = {"model.path": str(model), "exits.path": str(exits), "model.dtype": "float64"}
-    return exit_logits(load_for_generation(load_config(None, keys), init_parallel(ParallelSection())), IDS)[layer]
+    return exit_logits(loaded_with(model, exits, dtype="float64"), IDS)[layer]
 
 
 def randomize(exits: Path, part: str) -> None:

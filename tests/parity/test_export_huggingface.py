@@ -12,14 +12,11 @@ import pytest
 import torch
 from byte_tokenizer import write_byte_tokenizer
 from decoding import decode
-from exits import write_exits
+from exits import loaded_with, write_exits
 from random_models import random_llama, random_model
 from safetensors.torch import load_file
 
 from ee_tuning import cli
-from ee_tuning.artifact.load import load_for_generation
-from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.parallel.topology import init_parallel
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64], [99, 1, 0]]
@@ -115,10 +112,7 @@ def stranger(folders: list[Path], scratch: Path) -> dict[str, Any]:
 
 def ours(model: Path, exits: Path, threshold: float) -> list[list[list[int]]]:
     """[tokens of each prompt, exit layers of each]."""
-    loaded = load_for_generation(
-        load_config(None, {"model.path": str(model), "exits.path": str(exits), "model.dtype": "float64"}),
-        init_parallel(ParallelSection()),
-    )
+    loaded = loaded_with(model, exits, dtype="float64")
     answers = decode(loaded, PROMPTS, NEW_TOKENS, threshold=threshold)
     return [[said.tokens for said in answers], [said.exit_layers for said in answers]]
 

@@ -5,22 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
-from decoding import decode
-from exits import write_exits
+from decoding import decode, full_logits
+from exits import loaded_with, write_exits
 from plain_decoder import PlainDecoder
 from random_models import FAMILIES, WITH_EXPERTS, random_model
 
 from ee_tuning.artifact.inspect import model_facts
-from ee_tuning.artifact.load import load_for_generation
-from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.config import load_config
 from ee_tuning.errors import InputError
 from ee_tuning.export.megatron_writer import write_megatron
 from ee_tuning.kernel import calls
 from ee_tuning.model.config import model_config_from_hf, read_model_config
 from ee_tuning.model.huggingface_config import huggingface_config
-from ee_tuning.parallel.topology import init_parallel
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -56,12 +53,9 @@ def assert_same_logits(
     folder: Path, reference: torch.nn.Module, dtype: str = "float32", tolerance: float = 1e-4
 ) -> None:
     tokens = torch.randint(0, 100, (2, 128), generator=torch.Generator().manual_seed(1))
-    config = load_config(None, {"model.path": str(folder), "model.dtype": dtype})
-    model = load_for_generation(config, init_parallel(ParallelSection())).model
+    model = loaded_with(folder, dtype=dtype).model
     with torch.no_grad():
-        hidden, _ = model.run_layers(model.embed(tokens))
-        logits = F.linear(model.final_hidden(hidden), model.backbone.output_layer.weight).transpose(0, 1)
-        torch.testing.assert_close(logits, reference(tokens).logits, rtol=0, atol=tolerance)
+        torch.testing.assert_close(full_logits(model, tokens), reference(tokens).logits, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
@@ -145,10 +139,7 @@ def test_decoding_equals_the_plain_decoder(tmp_path, monkeypatch, family, archit
     reference = random_model(family, tmp_path / "model", confident=True)
     exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture=architecture, init=init)
     plain = PlainDecoder(reference, exits, (2, 4), torch.float64)
-    config = load_config(
-        None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits), "model.dtype": "float64"}
-    )
-    loaded = load_for_generation(config, init_parallel(ParallelSection()))
+    loaded = loaded_with(tmp_path / "model", exits, dtype="float64")
     got = [
         (said.tokens, said.exit_layers)
         for said in decode(loaded, PROMPTS, 16, engine={"max_pending": 5}, threshold=0.6)
@@ -172,10 +163,7 @@ def test_decoding_with_a_bias_of_attention_equals_the_plain_decoder(tmp_path, mo
     reference = random_model("qwen3", tmp_path / "model", confident=True, attention_bias=True)
     exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture=["layer", "adapter"], init="random")
     plain = PlainDecoder(reference, exits, (2, 4), torch.float64)
-    config = load_config(
-        None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits), "model.dtype": "float64"}
-    )
-    loaded = load_for_generation(config, init_parallel(ParallelSection()))
+    loaded = loaded_with(tmp_path / "model", exits, dtype="float64")
     got = [
         (said.tokens, said.exit_layers)
         for said in decode(loaded, PROMPTS, 16, engine={"max_pending": 5}, threshold=0.6)
@@ -205,10 +193,7 @@ def test_a_threshold_above_one_gives_what_transformers_generates(tmp_path, famil
     """A decode step that routes a token otherwise than a pass over the whole sequence does."""
     reference = random_model(family, tmp_path / "model", confident=True).double()
     exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture="norm", init="copy")
-    config = load_config(
-        None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits), "model.dtype": "float64"}
-    )
-    loaded = load_for_generation(config, init_parallel(ParallelSection()))
+    loaded = loaded_with(tmp_path / "model", exits, dtype="float64")
     got = [
         prompt + said.tokens for prompt, said in zip(PROMPTS, decode(loaded, PROMPTS, 20, threshold=1.1), strict=True)
     ]

@@ -5,18 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
+from decoding import full_logits
+from exits import loaded_with
 from gguf_files import Kind, write_gguf
 from random_models import random_model
 
 from ee_tuning import cli
 from ee_tuning.artifact.inspect import model_facts
-from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.checkpoint.formats import open_model
-from ee_tuning.config import ModelSection, ParallelSection, load_config
+from ee_tuning.config import ModelSection
 from ee_tuning.model.gguf_config import llama3_factors
-from ee_tuning.parallel.topology import init_parallel
 
 SHAPE = {
     "hidden_size": 256,
@@ -71,12 +70,9 @@ def test_tensors_and_logits_equal_transformers(tmp_path: Path, family: str, kind
             assert torch.equal(source.rows(name, 3, 9).float(), whole[3:9])
             assert whole.dim() == 1 or torch.equal(source.columns(name, 5, 38).float(), whole[:, 5:38])
     tokens = torch.randint(0, 95, (2, 32), generator=torch.Generator().manual_seed(1))
-    config = load_config(None, {"model.path": str(path), "model.dtype": "float32"})
-    model = load_for_generation(config, init_parallel(ParallelSection())).model
+    model = loaded_with(path, dtype="float32").model
     with torch.no_grad():
-        hidden, _ = model.run_layers(model.embed(tokens))
-        logits = F.linear(model.final_hidden(hidden), model.backbone.output_layer.weight).transpose(0, 1)
-        torch.testing.assert_close(logits, reference(tokens).logits, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(full_logits(model, tokens), reference(tokens).logits, rtol=1e-5, atol=1e-3)
 
 
 def test_it_has_the_fingerprint_of_its_folder(tmp_path: Path) -> None:

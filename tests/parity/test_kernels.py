@@ -6,18 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from exits import write_exits
+from exits import loaded_with, write_exits
 from random_models import FAMILIES, WITH_EXPERTS, random_model
 
-from ee_tuning.artifact.load import LoadedModel, load_for_generation
-from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.decoding.attention_metadata import AttentionMetadata
 from ee_tuning.decoding.eager_attention import LayerCache, SlotMapping
 from ee_tuning.decoding.layer_stack import LayerStack
 from ee_tuning.engine.engine import Engine
 from ee_tuning.kernel import build, calls
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.parallel.topology import init_parallel
 
 pytestmark = pytest.mark.skipif(build._compiler() is None, reason="no C++ compiler")
 
@@ -48,8 +46,7 @@ def assert_close(one: torch.Tensor, other: torch.Tensor, dtype: str) -> None:
 def load(folder: Path, family: str = "llama", dtype: str = "float32", **exits: object) -> LoadedModel:
     random_model(family, folder / "model")
     written = write_exits(folder / "model", folder / "exits", **exits)
-    config = load_config(None, {"model.path": str(folder / "model"), "exits.path": str(written), "model.dtype": dtype})
-    return load_for_generation(config, init_parallel(ParallelSection()))
+    return loaded_with(folder / "model", written, dtype=dtype)
 
 
 class Subject:

@@ -7,17 +7,15 @@ from typing import Any
 import pytest
 import torch
 from decoding import FixedDrafts, decode, policy_for, run_all
-from exits import write_exits
+from exits import loaded_with, write_exits
 from plain_decoder import PlainDecoder
 from random_models import random_llama
 
-from ee_tuning.artifact.load import LoadedModel, load_for_generation
-from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.native_step import NativeStage
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.policy import FULL
-from ee_tuning.parallel.topology import init_parallel
 
 PROMPTS = [[5, 17, 80, 3, 9], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64]]
 NEW_TOKENS = 24
@@ -31,12 +29,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, PlainDec
     exits = write_exits(
         folder / "model", folder / "exits", architecture="norm,layer", init="copy"
     )  # so that some drafts are right
-    config = load_config(
-        None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"}
-    )
-    return load_for_generation(config, init_parallel(ParallelSection())), PlainDecoder(
-        reference, exits, (2, 4), torch.float64
-    )
+    return loaded_with(folder / "model", exits, dtype="float64"), PlainDecoder(reference, exits, (2, 4), torch.float64)
 
 
 def counted(engine: Engine) -> list[int]:

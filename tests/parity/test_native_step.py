@@ -10,18 +10,16 @@ from unittest import mock
 
 import pytest
 from decoding import FixedDrafts, policy_for, run_all
-from exits import write_exits
+from exits import loaded_with, write_exits
 from random_models import random_llama
 
-from ee_tuning.artifact.load import LoadedModel, load_for_generation
-from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.engine.engine import Engine, TokenStep
 from ee_tuning.engine.native_step import NativeStage
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.step_plan import RowOutput, RowPlan
 from ee_tuning.kernel import build
-from ee_tuning.parallel.topology import init_parallel
 
 pytestmark = pytest.mark.skipif(build._compiler() is None, reason="no C++ compiler")
 
@@ -29,13 +27,16 @@ PROMPT = [5, 17, 80, 3, 9, 61, 22]
 NEW_TOKENS = 44
 
 
-@pytest.fixture(scope="module", params=["norm", "linear", "mlp", "layer", "adapter", "embedding"])
+NATIVE, IN_PYTHON = ("norm", "mlp", "layer", "embedding"), ("linear", "adapter")
+"""Architectures whose steps are one call, and others, which take the way segment by segment anyway."""
+
+
+@pytest.fixture(scope="module", params=[*NATIVE, *IN_PYTHON])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder: Path = tmp_path_factory.mktemp(request.param)
     random_llama(folder / "model", confident=True)
     exits = write_exits(folder / "model", folder / "exits", architecture=request.param, init="copy")
-    config = load_config(None, {"model.path": str(folder / "model"), "exits.path": str(exits)})
-    return load_for_generation(config, init_parallel(ParallelSection()))
+    return loaded_with(folder / "model", exits)
 
 
 def engine_for(loaded: LoadedModel, **options: Any) -> Engine:
@@ -117,10 +118,11 @@ def test_a_step_in_one_call_is_the_step_segment_by_segment(
             )
             answers.append(told(sequence, run_all(engine)))
     assert answers[0] == answers[1] and len(answers[0]["said"]) == NEW_TOKENS
-    is_fully_native = architecture(loaded) not in ("adapter", "linear") and "measure" not in policy
+    is_fully_native = architecture(loaded) in NATIVE and "measure" not in policy
     assert (len(made) > NEW_TOKENS / 2) == (policy.get("policy") == "full" or is_fully_native)
 
 
+@pytest.mark.parametrize("loaded", NATIVE, indirect=True)
 @pytest.mark.parametrize(
     "policy", [{"policy": "full"}, {"policy": "fixed", "exit_layer": 2}, {"threshold": 0.5}, {"threshold": [0.3, 1.5]}]
 )
@@ -141,9 +143,10 @@ def test_a_batch_in_one_call_is_the_batch_segment_by_segment(
             steps = run_all(engine)
             answers.append([told(sequence, steps) for sequence in added])
     assert answers[0] == answers[1]
-    assert made or architecture(loaded) in ("adapter", "linear")
+    assert made
 
 
+@pytest.mark.parametrize("loaded", NATIVE, indirect=True)
 def test_a_mixture_in_one_call_is_the_mixture_segment_by_segment(loaded: LoadedModel, made: list[int]) -> None:
     """Thresholds of one row applied to another; a draft that rides to the deep layers with its neighbours; tokens drawn
     from another row's logits.
@@ -165,9 +168,10 @@ def test_a_mixture_in_one_call_is_the_mixture_segment_by_segment(loaded: LoadedM
             steps = run_all(engine)
             answers.append([told(sequence, steps) for sequence in added])
     assert answers[0] == answers[1]
-    assert made or architecture(loaded) in ("adapter", "linear")
+    assert made
 
 
+@pytest.mark.parametrize("loaded", NATIVE, indirect=True)
 def test_company_that_comes_and_goes(loaded: LoadedModel) -> None:
     """States that one way of stepping leaves behind and the other one does not find."""
     answers = []
@@ -188,6 +192,7 @@ def test_company_that_comes_and_goes(loaded: LoadedModel) -> None:
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("loaded", NATIVE, indirect=True)
 @pytest.mark.parametrize("plan", [{2: 0.0}, {4: 0.0}, {2: 0.6, 4: 0.3}, {2: 0.9}, {}])
 @pytest.mark.parametrize("ends", [{}, {"stop_token_ids": tuple(range(0, 101, 3)), "min_tokens": 20}])
 def test_drafts_in_one_call_are_the_drafts_one_by_one(
@@ -200,17 +205,22 @@ def test_drafts_in_one_call_are_the_drafts_one_by_one(
     assert answers[0] == answers[1]
     assert (answers[0]["num_drafted"] > 0) == bool(plan)
     if not ends:  # else a draft mostly ends it
-        assert (max(made, default=0) > 1) == (bool(plan) and architecture(loaded) not in ("adapter", "linear"))
+        assert (max(made, default=0) > 1) == bool(plan)
+
+
+@pytest.fixture(scope="module")
+def own_layer(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder = tmp_path_factory.mktemp("own_layer")
+    random_llama(folder / "model", confident=True)
+    exits = write_exits(folder / "model", folder / "exits", architecture="layer", init="copy", exit_layers=[2])
+    return loaded_with(folder / "model", exits)
 
 
 @pytest.mark.parametrize("plan", [{2: 0.0}, {2: 0.6}, {2: 0.95}, {}])
 def test_a_head_with_a_layer_of_its_own_drafts_in_one_call(
-    tmp_path: Path, made: list[int], plan: dict[int, float]
+    own_layer: LoadedModel, made: list[int], plan: dict[int, float]
 ) -> None:
     """Keys and values that the head's layer lacks, or has of a draft that was rejected."""
-    random_llama(tmp_path / "model", confident=True)
-    exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture="layer", init="copy", exit_layers=[2])
-    config = load_config(None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits)})
-    answers = drafted_both_ways(load_for_generation(config, init_parallel(ParallelSection())), plan, {})
+    answers = drafted_both_ways(own_layer, plan, {})
     assert answers[0] == answers[1]
     assert made and (not plan or 0 < answers[0]["num_accepted"] < answers[0]["num_drafted"])

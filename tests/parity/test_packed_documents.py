@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from exits import write_exits
+from decoding import full_logits
+from exits import loaded_with, write_exits
 from plain_decoder import PlainDecoder
 from random_models import random_model
 
-from ee_tuning.artifact.load import load_for_generation
-from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.model.documents import PackedDocuments
-from ee_tuning.parallel.topology import init_parallel
 
 LENGTHS = ((5, 1, 9, 6), (13, 8))  # of the documents in each row
 
@@ -29,9 +27,7 @@ def rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def our_logits(folder: Path, tokens: torch.Tensor, documents: PackedDocuments | None) -> torch.Tensor:  # [b, s, v]
-    model = load_for_generation(load_config(None, {"model.path": str(folder)}), init_parallel(ParallelSection())).model
-    hidden, _ = model.run_layers(model.embed(tokens, documents), documents)
-    return F.linear(model.final_hidden(hidden), model.backbone.output_layer.weight).transpose(0, 1)
+    return full_logits(loaded_with(folder).model, tokens, documents)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -67,8 +63,7 @@ def test_a_layer_head_keeps_documents_apart_too(tmp_path: Path, family: str) -> 
     """A head that attends over the whole row learns from a past that decoding will not have."""
     random_model(family, tmp_path / "model")
     exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture="layer", exit_layers=[3])
-    keys = {"model.path": str(tmp_path / "model"), "exits.path": str(exits)}
-    model = load_for_generation(load_config(None, keys), init_parallel(ParallelSection())).model
+    model = loaded_with(tmp_path / "model", exits).model
 
     @torch.no_grad()
     def logits(tokens: torch.Tensor, documents: PackedDocuments | None) -> torch.Tensor:  # [b, s] -> [b, s, v]
@@ -89,10 +84,7 @@ def test_exits_see_their_own_document_alone(tmp_path: Path) -> None:
     reference = random_model("llama", tmp_path / "model")
     words = ["norm", "mlp", "layer", "adapter"]
     exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture=words, exit_layers=[1, 2, 3, 4])
-    model = load_for_generation(
-        load_config(None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits)}),
-        init_parallel(ParallelSection()),
-    ).model
+    model = loaded_with(tmp_path / "model", exits).model
     plain = PlainDecoder(reference, exits, (1, 2, 3, 4), torch.float32)
     tokens, ids, positions = rows()
     documents = PackedDocuments.of(ids, positions, torch.device("cpu"))

@@ -24,18 +24,10 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def profile(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict:
     assert (
         cli.main(
-            [
-                "profile",
-                "--model",
-                str(MODEL),
-                "--text",
-                str(folder / "text.py"),
-                "--num-exits",
-                "3",
-                "--json",
-                "--output",
-                str(folder / "pictures" / "profile.png"),
-            ]
+            (
+                f"profile --model {MODEL} --text {folder / 'text.py'} --num-exits 3 --json --output "
+                f"{folder / 'pictures' / 'profile.png'}"
+            ).split()
         )
         == 0
     )
@@ -74,39 +66,19 @@ def test_convert_places_exits_by_the_profile(told, tmp_path, capsys):
     wanted = profile(told, capsys)["exit_layers"]
     assert (
         cli.main(
-            [
-                "convert",
-                "--model",
-                str(MODEL),
-                "--exit-layers",
-                "auto:3:profile",
-                "--profile-text",
-                str(told / "text.py"),
-                "--architecture",
-                "norm",
-                "--exit-output",
-                "tied",
-                "--output",
-                str(tmp_path / "by_profile"),
-            ]
+            (
+                f"convert --model {MODEL} --exit-layers auto:3:profile --profile-text {told / 'text.py'} "
+                f"--architecture norm --exit-output tied --output {tmp_path / 'by_profile'}"
+            ).split()
         )
         == 0
     )
     assert (
         cli.main(
-            [
-                "convert",
-                "--model",
-                str(MODEL),
-                "--exit-layers",
-                "auto:3",
-                "--architecture",
-                "norm,adapter,norm",
-                "--exit-output",
-                "tied",
-                "--output",
-                str(tmp_path / "evenly"),
-            ]
+            (
+                f"convert --model {MODEL} --exit-layers auto:3 --architecture norm,adapter,norm --exit-output tied "
+                f"--output {tmp_path / 'evenly'}"
+            ).split()
         )
         == 0
     )
@@ -118,16 +90,9 @@ def test_a_job_for_many_processes_is_profiled_in_one_and_many_are_refused(told, 
     """A 70B model's job that asks for eight GPUs before its exits can be chosen; eight processes that draw one
     picture.
     """
-    words = [
-        "profile",
-        "--model",
-        str(MODEL),
-        "--text",
-        str(told / "text.py"),
-        "--output",
-        str(tmp_path / "profile.png"),
-        str(tmp_path / "job.yaml"),
-    ]
+    words = (
+        f"profile --model {MODEL} --text {told / 'text.py'} --output {tmp_path / 'profile.png'} {tmp_path / 'job.yaml'}"
+    ).split()
     (tmp_path / "job.yaml").write_text(
         "parallel: {tensor_model_parallel_size: 4, pipeline_model_parallel_size: 2, pipeline_layout: [7,5]}"
     )

@@ -7,19 +7,17 @@ from typing import Any
 import pytest
 import torch
 from decoding import policy_for, run_all
-from exits import write_exits
+from exits import loaded_with, write_exits
 from mixtures import Subject, mixture
 from random_models import random_model
 from recorded import ImitatedGraph, imitate_flash_attention, record_on_cpu
 
-from ee_tuning.artifact.load import LoadedModel, load_for_generation
-from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.engine.cost_model import Costs
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.speculation import Speculation
 from ee_tuning.kernel import calls
-from ee_tuning.parallel.topology import init_parallel
 
 NEW_TOKENS = 18
 BEGINNING = [(7 * i + 3) % 101 for i in range(20)]
@@ -42,10 +40,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     family, architecture = HEADS[request.param]
     random_model(family, folder / "model", confident=True)
     exits = write_exits(folder / "model", folder / "exits", architecture=architecture, init="copy")
-    config = load_config(
-        None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"}
-    )
-    return load_for_generation(config, init_parallel(ParallelSection()))
+    return loaded_with(folder / "model", exits, dtype="float64")
 
 
 def said(

@@ -9,12 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from exits import write_exits
+from exits import loaded_with, write_exits
 from random_models import FAMILIES, WITH_EXPERTS, random_model
 from recorded import ImitatedGraph, imitate_flash_attention, record_on_cpu
 
-from ee_tuning.artifact.load import LoadedModel, load_for_generation
-from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.decoding import captured_attention, captured_batch, graphs, layer_stack
 from ee_tuning.decoding.attention_metadata import AttentionMetadata
 from ee_tuning.decoding.captured_attention import CapturedAttention, GatheredAttention, PagedAttention, VarlenAttention
@@ -26,7 +25,6 @@ from ee_tuning.engine.engine import Engine
 from ee_tuning.kernel import calls
 from ee_tuning.model import flash
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.parallel.topology import init_parallel
 
 NUM_PLACES = 320
 TOGETHER = ([4, 5, 6, 7, 8], [0, 1, 2], [10, 11, 12, 13, 14, 15, 16])
@@ -38,10 +36,7 @@ PLAIN = [family for family in FAMILIES if family not in WITH_EXPERTS]
 def load(folder: Path, family: str = "llama", **exits: object) -> LoadedModel:
     random_model(family, folder / "model")
     written = write_exits(folder / "model", folder / "exits", **exits)
-    config = load_config(
-        None, {"model.path": str(folder / "model"), "exits.path": str(written), "model.dtype": "float64"}
-    )
-    return load_for_generation(config, init_parallel(ParallelSection()))
+    return loaded_with(folder / "model", written, dtype="float64")
 
 
 class Subject:

@@ -7,17 +7,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from exits import write_exits
+from exits import loaded_with, write_exits
 from plain_decoder import PlainDecoder, confidence
 from random_models import random_model
 
-from ee_tuning.artifact.load import load_for_generation
-from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.config import load_config
 from ee_tuning.engine.policy import policy_of
 from ee_tuning.errors import InputError
 from ee_tuning.generation import scoring
 from ee_tuning.generation.scoring import Score, score, score_by, token_pairs
-from ee_tuning.parallel.topology import init_parallel
 
 PAIRS = [
     ([5, 17, 80, 3, 9], [41, 6, 7]),
@@ -49,10 +47,7 @@ class Subject(NamedTuple):
 def subject(family: str, folder: Path, **heads: str) -> Subject:
     reference = random_model(family, folder / "model", confident=True)
     exits = write_exits(folder / "model", folder / "exits", **heads)
-    config = load_config(
-        None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"}
-    )
-    model = load_for_generation(config, init_parallel(ParallelSection())).model
+    model = loaded_with(folder / "model", exits, dtype="float64").model
     return Subject(model, PlainDecoder(reference, exits, (2, 4), torch.float64))
 
 

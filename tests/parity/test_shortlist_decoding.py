@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from decoding import decode, run_all
-from exits import write_exits
+from exits import loaded_with, write_exits
 from plain_decoder import PlainDecoder, confidence
 from random_models import random_llama
 from torch import Tensor
 
-from ee_tuning.artifact.load import LoadedModel, load_for_generation
-from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.decoding.decode_head import DecodeExitHead
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.params import SamplingParams
@@ -20,7 +19,6 @@ from ee_tuning.engine.policy import Policy
 from ee_tuning.generation.scoring import score
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.shortlist import UNSURE
-from ee_tuning.parallel.topology import init_parallel
 
 LISTED = tuple(range(0, 101, 3))
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64], [99, 1, 0]]
@@ -60,10 +58,7 @@ class ListedDecoder(PlainDecoder):
 def subject(folder: Path, heads: dict[str, str], *, ties: bool = False) -> tuple[LoadedModel, ListedDecoder]:
     reference = random_llama(folder / "model", confident=True, tie_word_embeddings=ties)
     exits = write_exits(folder / "model", folder / "exits", LISTED, **heads)
-    config = load_config(
-        None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"}
-    )
-    loaded = load_for_generation(config, init_parallel(ParallelSection()))
+    loaded = loaded_with(folder / "model", exits, dtype="float64")
     return loaded, ListedDecoder(reference, exits, (2, 4), torch.float64)
 
 

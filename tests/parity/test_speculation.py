@@ -8,18 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from decoding import FixedDrafts, policy_for, run_all
-from exits import write_exits
+from exits import loaded_with, write_exits
 from plain_decoder import PlainDecoder
 from random_models import random_llama
 
-from ee_tuning.artifact.load import LoadedModel, load_for_generation
-from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.engine.cost_model import Costs, expected_costs, measure_costs
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.speculation import CREDIT_PER_ROUND, FIRST_CREDIT, Speculation
 from ee_tuning.engine.step_plan import Answer
-from ee_tuning.parallel.topology import init_parallel
 
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64], [99, 1, 0]]
 NEW_TOKENS = 40
@@ -28,10 +26,7 @@ NEW_TOKENS = 40
 def load(folder: Path, dtype: str = "float64", **shape: int) -> tuple[LoadedModel, PlainDecoder]:
     reference = random_llama(folder / "model", confident=True, **shape)
     exits = write_exits(folder / "model", folder / "exits", init="copy")  # alike enough that some drafts are right
-    config = load_config(None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": dtype})
-    return load_for_generation(config, init_parallel(ParallelSection())), PlainDecoder(
-        reference, exits, (2, 4), torch.float64
-    )
+    return loaded_with(folder / "model", exits, dtype=dtype), PlainDecoder(reference, exits, (2, 4), torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +81,7 @@ def test_repeated_text_drafts(tmp_path, architecture, temperature):
     """
     random_llama(tmp_path / "model", confident=True)
     exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture=architecture, init="copy")
-    keys = {"model.path": str(tmp_path / "model"), "exits.path": str(exits), "model.dtype": "float64"}
-    loaded = load_for_generation(load_config(None, keys), init_parallel(ParallelSection()))
+    loaded = loaded_with(tmp_path / "model", exits, dtype="float64")
     params = SamplingParams(max_tokens=60, temperature=temperature, seed=5, logit_bias={7: 100, 8: 100, 9: 99})
     prompts = [prompt * 3 for prompt in PROMPTS]
     plain = Engine(loaded.model, loaded.stages, num_slots=4, max_length=128)

@@ -4,14 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from exits import write_exits
+from exits import loaded_with, write_exits
 from random_models import random_llama
 
 from ee_tuning import cli
-from ee_tuning.artifact.load import load_for_generation
-from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.evaluation.acceptance import acceptance, agreement
-from ee_tuning.parallel.topology import init_parallel
 
 T, F = True, False
 
@@ -66,8 +63,7 @@ def test_a_plain_draft_is_accepted_as_foretold(tmp_path: Path):
             text.append(said)
             accepted[place] += 1
         text.append(following(whole, text))
-    keys = {"model.path": str(tmp_path / "model"), "exits.path": str(exits), "model.dtype": "float64"}
-    loaded = load_for_generation(load_config(None, keys), init_parallel(ParallelSection()))
+    loaded = loaded_with(tmp_path / "model", exits, dtype="float64")
     found = acceptance([agreement(loaded, 5, prompt, text[len(prompt) :])], num_drafts)
     assert (found.num_rounds, found.by_position) == (rounds, tuple(accepted)) and 5 < sum(
         accepted

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from exits import write_exits
+from exits import loaded_with, write_exits
 from plain_decoder import PlainDecoder, confidence
 from random_models import random_llama
 
 from ee_tuning import EarlyExitLLM, cli
-from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.calibration.calibrate import (
     MEASURES,
     ExitObservations,
@@ -22,10 +21,9 @@ from ee_tuning.calibration.calibrate import (
     score_thresholds,
 )
 from ee_tuning.calibration.calibrate_command import calibrate
-from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.config import load_config
 from ee_tuning.demo.demo import CHECKOUT
 from ee_tuning.errors import InputError
-from ee_tuning.parallel.topology import init_parallel
 
 pytestmark = pytest.mark.slow
 
@@ -97,11 +95,8 @@ def test_readings_are_those_of_transformers(tmp_path, architecture):
     """Another exit's confidence, another token's, or another measure's."""
     reference = random_llama(tmp_path / "model", confident=True)
     exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture=architecture)
-    config = load_config(
-        None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits), "model.dtype": "float64"}
-    )
     plain = PlainDecoder(reference, exits, (2, 4), torch.float64)
-    model = load_for_generation(config, init_parallel(ParallelSection())).model
+    model = loaded_with(tmp_path / "model", exits, dtype="float64").model
     samples = [[(7 * i + j) % 101 for i in range(20)] for j in range(2)]
     readings = read_exits(model, [torch.tensor(sample) for sample in samples])
     told = [plain.logits(sample) for sample in samples]
@@ -122,23 +117,10 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     exits = write_exits(MODEL, folder / "heads", exit_layers=[4, 8], init="copy")
     (folder / "text.txt").write_text(Path(json.__file__).read_text() + Path(cli.__file__).read_text())
     code = cli.main(
-        [
-            "calibrate",
-            "--model",
-            str(MODEL),
-            "--exits",
-            str(exits),
-            "--data",
-            str(folder / "text.txt"),
-            "--agreement",
-            "0.8",
-            "--measure",
-            "margin",
-            "--output",
-            str(folder / "out" / "calibration.json"),
-            "--set",
-            f"data.cache={folder / 'cache'}",
-        ]
+        (
+            f"calibrate --model {MODEL} --exits {exits} --data {folder / 'text.txt'} --agreement 0.8 --measure "
+            f"margin --output {folder / 'out' / 'calibration.json'} --set data.cache={folder / 'cache'}"
+        ).split()
     )
     assert not code
     return exits, folder / "out" / "calibration.json"
@@ -195,17 +177,7 @@ def test_a_file_that_makes_no_sense_is_refused(calibrated, tmp_path, text, words
     (tmp_path / "bad.json").write_text(text)
     assert (
         cli.main(
-            [
-                "generate",
-                "--model",
-                str(MODEL),
-                "--exits",
-                str(calibrated[0]),
-                "--calibration",
-                str(tmp_path / "bad.json"),
-                "--prompt",
-                "x",
-            ]
+            f"generate --model {MODEL} --exits {calibrated[0]} --calibration {tmp_path / 'bad.json'} --prompt x".split()
         )
         == 2
     )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from byte_tokenizer import write_byte_tokenizer
+from refusals import refusal
 from transformers import PreTrainedTokenizerFast
 
 from ee_tuning.config import DataSection
@@ -16,7 +17,7 @@ from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
 from ee_tuning.data.records import Conversation
 from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_digests
-from ee_tuning.data.tokens import PackedSamples
+from ee_tuning.data.tokens import PackedSamples, Splits
 from ee_tuning.errors import InputError
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<|eot|>", "</s>", "[INST]", "[/INST]"]
@@ -89,6 +90,24 @@ def texts_of(
         runs = np.split(np.array(ids), np.flatnonzero(np.diff(np.array(marks, int))) + 1)
         texts.append([(tokenizer.decode(run), (index % 2 == 0) == marks[0]) for index, run in enumerate(runs)])
     return texts
+
+
+def splits_of(
+    folder: Path, file: str, template: str | None = None, needs_validation: bool = False, **data: Any
+) -> Splits:
+    """Samples of a file in `folder`, by the tokenizer in its `model`."""
+    if template is not None:
+        (folder / "template").write_text(template)
+        data["chat_template"] = str(folder / "template")
+    section = DataSection(paths=(str(folder / file),), **data)
+    return load_samples(
+        section,
+        folder / "model",
+        seq_length=8,
+        vocab_size=300,
+        max_positions=64,
+        needs_validation=needs_validation,
+    )
 
 
 def said(tokenizer: PreTrainedTokenizerFast, template: str | None, messages: list[dict[str, Any]]) -> list[str]:
@@ -190,13 +209,9 @@ def test_the_texts_of_a_chat_are_held_out_together(tmp_path: Path, tokenizer: Pr
     samples.
     """
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "template").write_text(QWEN3)
     chats = [[{**each, "content": f"{each['content']}{number}"} for each in THOUGHTS] for number in range(6)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    data = DataSection(
-        paths=(str(tmp_path / "chats.jsonl"),), chat_template=str(tmp_path / "template"), valid_fraction=0.3
-    )
-    splits = load_samples(data, tmp_path / "model", seq_length=8, vocab_size=300, max_positions=64)
+    splits = splits_of(tmp_path, "chats.jsonl", QWEN3, needs_validation=True, valid_fraction=0.3)
     learned = []
     for part in (splits.train, splits.valid):
         assert isinstance(part, PackedSamples) and part.counts is not None
@@ -269,9 +284,8 @@ def test_what_can_not_be_found_is_refused(
     tokenizer: PreTrainedTokenizerFast, template: str | None, messages: list, words: list[str]
 ) -> None:
     """Marks put somewhere in a text that is another one than the template made."""
-    with pytest.raises(InputError) as error:
-        said(tokenizer, template, messages)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    message = refusal(said, tokenizer, template, messages)
+    assert all(word in message for word in words)
 
 
 def test_a_template_is_chosen_by_its_name(tmp_path: Path) -> None:
@@ -338,15 +352,9 @@ def test_a_template_is_read_from_its_file(tmp_path: Path) -> None:
 def test_chats_and_texts_share_a_stream(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """A mask shifted by one, or lost between tokenizer and micro-batch; texts beside chats that are masked along."""
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "template.jinja").write_text(CHATML)
     lines = [{"text": "plain"}, {"messages": MESSAGES}, {"text": "more"}, {"text": "tail", "messages": None}]
     (tmp_path / "mix.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    data = DataSection(
-        paths=(str(tmp_path / "mix.jsonl"),), chat_template=str(tmp_path / "template.jinja"), valid_fraction=0.0
-    )
-    samples = load_samples(
-        data, tmp_path / "model", seq_length=8, vocab_size=300, max_positions=64, needs_validation=False
-    ).train
+    samples = splits_of(tmp_path, "mix.jsonl", CHATML, valid_fraction=0.0).train
     assert isinstance(samples, PackedSamples) and samples.counts is not None
     learned = [
         tokenizer.decode(run)
@@ -379,11 +387,7 @@ def test_an_answer_without_an_end_of_its_own_is_ended_by_end_of_text(
         ("chatml", CHATML),
         ("own", CHATML.replace("<|im_end|>\\n", "<|endoftext|>").replace("<|im_end|>\n", "<|endoftext|>")),
     ):
-        (tmp_path / name).write_text(template)
-        data = DataSection(paths=(str(tmp_path / "chat.jsonl"),), chat_template=str(tmp_path / name))
-        samples = load_samples(
-            data, tmp_path / "model", seq_length=8, vocab_size=300, max_positions=64, needs_validation=False
-        ).train
+        samples = splits_of(tmp_path, "chat.jsonl", template).train
         assert isinstance(samples, PackedSamples) and samples.counts is not None
         ends[name] = (tokenizer.decode(samples.stream[-2:]), samples.counts[-2:].tolist())
     assert ends == {
@@ -408,15 +412,8 @@ def test_messages_that_make_no_sense_are_refused_by_their_line(
     """A KeyError out of a template, without the line to mend."""
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "mix.jsonl").write_text('{"text": "first"}\n' + json.dumps(line))
-    with pytest.raises(InputError) as error:
-        load_samples(
-            DataSection(paths=(str(tmp_path / "mix.jsonl"),)),
-            tmp_path / "model",
-            seq_length=8,
-            vocab_size=300,
-            max_positions=64,
-        )
-    assert words in str(error.value) and "mix.jsonl:2" in str(error.value)
+    message = refusal(splits_of, tmp_path, "mix.jsonl")
+    assert words in message and "mix.jsonl:2" in message
 
 
 @pytest.mark.parametrize(
@@ -433,51 +430,30 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_stands(
     """A traceback out of the tokenizer for a role or a name, without the line to mend."""
     tokenizer.save_pretrained(tmp_path / "model")
     for template in (CHATML, MARKED):
-        (tmp_path / "template").write_text(
-            "{{ messages[0]['name'] }}" + template.replace("m['content']", "m['content'] | string")
-        )
+        template = "{{ messages[0]['name'] }}" + template.replace("m['content']", "m['content'] | string")
         (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [message, {"role": "assistant", "content": "y"}]}))
-        with pytest.raises(InputError, match=r"chat\.jsonl:1: 'messages' holds half of a surrogate pair") as error:
-            load_samples(
-                DataSection(paths=(str(tmp_path / "chat.jsonl"),), chat_template=str(tmp_path / "template")),
-                tmp_path / "model",
-                seq_length=8,
-                vocab_size=300,
-                max_positions=64,
-            )
-        assert "\n" not in str(error.value)
+        told = refusal(splits_of, tmp_path, "chat.jsonl", template)
+        assert "chat.jsonl:1: 'messages' holds half of a surrogate pair" in told
 
 
 def test_messages_with_times_are_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """A traceback out of a hash for a column that is no JSON."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "template").write_text(CHATML)
     said_at = [{**message, "at": datetime.datetime(2024, 1, 2), "raw": b"\xff"} for message in MESSAGES]
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": said_at}]), tmp_path / "chat.parquet")
-    data = DataSection(paths=(str(tmp_path / "chat.parquet"),), chat_template=str(tmp_path / "template"))
-    samples = load_samples(
-        data, tmp_path / "model", seq_length=8, vocab_size=300, max_positions=64, needs_validation=False
-    ).train
+    samples = splits_of(tmp_path, "chat.parquet", CHATML).train
     assert isinstance(samples, PackedSamples) and "Hi — you." in tokenizer.decode(samples.stream)
 
 
 def test_chats_without_an_assistant_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """A run of a night that learns from no token."""
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "template").write_text(CHATML)
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "x" * 50}]}))
     with pytest.raises(
         InputError, match=r"nothing to learn from: 1 × chat without a word of the assistant's .*chat\.jsonl:1"
     ):
-        load_samples(
-            DataSection(paths=(str(tmp_path / "chat.jsonl"),), chat_template=str(tmp_path / "template")),
-            tmp_path / "model",
-            seq_length=8,
-            vocab_size=300,
-            max_positions=64,
-            needs_validation=False,
-        )
+        splits_of(tmp_path, "chat.jsonl", CHATML)
 
 
 @pytest.mark.parametrize(

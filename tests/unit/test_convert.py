@@ -1,12 +1,12 @@
 """The command `convert`: the same bytes every time, and nothing half-written."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from random_models import random_llama
+from refusals import refusal
 
 from ee_tuning import config as job
 from ee_tuning.artifact import exit_heads
@@ -14,7 +14,6 @@ from ee_tuning.artifact.convert import convert, model_name
 from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.artifact.inspect import artifact_facts, inspect_path, model_facts
 from ee_tuning.config import Config
-from ee_tuning.errors import InputError
 from ee_tuning.storage import shared_folder
 from ee_tuning.storage.hashed_file import HashedFile
 
@@ -32,13 +31,6 @@ def conversion(llama: Path, **section: Any) -> Config:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def refusal(action: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        action()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("init", ["copy", "random"])

@@ -5,14 +5,14 @@ memory of chunks.
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_loss import PADDED, B, H, LossInputs, S, V, check_chunked, named_events, plain_objective
 from torch import Tensor
 
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.loss import STATISTICS, ExitLoss, linear_loss
+from ee_tuning.tuning.loss import linear_loss
 from ee_tuning.tuning.objective import Objective
-from ee_tuning.tuning.teacher import HiddenTeacher, Teacher, TopKTeacher, top_k_teacher
+from ee_tuning.tuning.teacher import HiddenTeacher, TopKTeacher, top_k_teacher
 
-S, B, H, V, PADDED = 7, 3, 16, 37, 42
 SHARD = VocabShard(V, 0, PADDED, None, 1)
 MIXTURES = [
     Objective(),
@@ -25,8 +25,10 @@ MIXTURES = [
 ]
 
 
-class Inputs:
+class Inputs(LossInputs):
     """Of the student and its teacher, seeded."""
+
+    vocab = SHARD
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         draw = torch.Generator().manual_seed(3)
@@ -36,13 +38,7 @@ class Inputs:
 
         self.hidden, self.weight = randn(S, B, H).requires_grad_(), randn(PADDED, H).requires_grad_()
         self.teacher_hidden, self.teacher_weight = randn(S, B, H) / 2, randn(PADDED, H)
-        self.labels = torch.randint(V, (S, B), generator=draw)
-        self.mask = torch.rand(S, B, generator=draw, dtype=torch.float64) * (torch.rand(S, B, generator=draw) > 0.3)
-
-    def teacher(self, kind: str) -> Teacher:
-        if kind == "hidden":
-            return HiddenTeacher(self.teacher_hidden, self.teacher_weight)
-        return top_k_teacher(self.teacher_hidden, self.teacher_weight, int(kind), vocab=SHARD, chunk_tokens=5)
+        self.draw_labels(draw)
 
 
 def plain(inputs: Inputs, kind: str, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
@@ -50,41 +46,16 @@ def plain(inputs: Inputs, kind: str, objective: Objective) -> tuple[Tensor, dict
     logits = F.linear(inputs.hidden, inputs.weight[:V]).flatten(0, 1)
     p = logits.softmax(-1)
     t = F.linear(inputs.teacher_hidden, inputs.teacher_weight[:V]).flatten(0, 1).softmax(-1)
-    mask, events_p, events_t = inputs.mask.flatten(), p, t
-    if kind != "hidden":  # k + 1 events
-        told = t.argsort(descending=True)[:, : int(kind)]
-        events_p, events_t = (
-            torch.cat((each.gather(1, told), 1 - each.gather(1, told).sum(1, keepdim=True)), 1) for each in (p, t)
-        )
-    parts = {
-        "cross_entropy": F.cross_entropy(logits, inputs.labels.flatten(), reduction="none"),
-        "forward_kl": F.kl_div(events_p.log(), events_t, reduction="none").sum(-1),
-        "total_variation": (events_p - events_t).abs().sum(-1) / 2,
-        "confidence": p.amax(-1),
-        "agreement": (p.argmax(-1) == t.argmax(-1)).double(),
-        "above_0.6": (p.amax(-1) >= 0.6).double(),
-    }
-    weights = mask * p.amax(-1).detach() if objective.weighs_by_confidence else mask
-    per_token = sum(
-        getattr(objective, name) * parts[name] for name in ("cross_entropy", "forward_kl", "total_variation")
-    )
-    sums = {name: (mask * each).sum() for name, each in parts.items()} | {
-        "tokens": mask.sum(),
-        "weights": weights.sum(),
-    }
-    return (weights * per_token).sum(), sums
-
-
-def ours(inputs: Inputs, kind: str, objective: Objective, chunk_tokens: int = 4) -> ExitLoss:
-    return linear_loss(
-        inputs.hidden,
-        inputs.weight,
-        inputs.labels,
-        inputs.mask,
-        vocab=SHARD,
-        chunk_tokens=chunk_tokens,
-        objective=objective,
-        teacher=inputs.teacher(kind),
+    events = (p, t) if kind == "hidden" else named_events(t.argsort(descending=True)[:, : int(kind)], p, t)
+    return plain_objective(
+        objective,
+        logits,
+        inputs.labels.flatten(),
+        inputs.mask.flatten(),
+        events,
+        confidence=p.amax(-1),
+        agreement=(p.argmax(-1) == t.argmax(-1)).double(),
+        **{"above_0.6": (p.amax(-1) >= 0.6).double()},
     )
 
 
@@ -95,20 +66,7 @@ def test_every_mixture_equals_the_materialized_one(objective: Objective, kind: s
     along.
     """
     inputs = Inputs()
-    expected, sums = plain(inputs, kind, objective)
-    wanted = torch.autograd.grad(expected * 0.37, (inputs.hidden, inputs.weight))
-    for chunk_tokens in (4, 1000):
-        got = ours(inputs, kind, objective, chunk_tokens)
-        torch.testing.assert_close(got.loss, expected, rtol=1e-10, atol=0)
-        torch.testing.assert_close(
-            torch.autograd.grad(got.loss * 0.37, (inputs.hidden, inputs.weight)), wanted, rtol=1e-10, atol=1e-12
-        )
-    with torch.no_grad():
-        evaluated = ours(inputs, kind, objective)
-    torch.testing.assert_close(evaluated.loss, expected.detach(), rtol=1e-10, atol=0)
-    statistics = dict(zip(STATISTICS, evaluated.statistics, strict=True))
-    for name, value in sums.items():
-        torch.testing.assert_close(statistics[name], value.detach(), rtol=1e-9, atol=1e-12, msg=name)
+    check_chunked(inputs, kind, objective, *plain(inputs, kind, objective))
 
 
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn() -> None:
@@ -136,7 +94,7 @@ def test_a_teacher_told_whole_is_the_teacher() -> None:
     objective = Objective(cross_entropy=0, forward_kl=1, total_variation=1)
     for k in (str(V), str(V + 10)):  # a k above the vocabulary is the vocabulary
         torch.testing.assert_close(
-            ours(inputs, k, objective).loss, ours(inputs, "hidden", objective).loss, rtol=1e-9, atol=0
+            inputs.loss(k, objective).loss, inputs.loss("hidden", objective).loss, rtol=1e-9, atol=0
         )
 
 
@@ -151,9 +109,9 @@ def test_of_equal_tokens_the_teacher_names_the_lowest_first() -> None:
 def test_masked_tokens_may_have_any_label_also_with_a_teacher() -> None:
     """-100 at a masked place must poison neither the sums nor the gradient."""
     inputs, objective = Inputs(), MIXTURES[5]
-    wanted = torch.autograd.grad(ours(inputs, "5", objective).loss, (inputs.hidden, inputs.weight))
+    wanted = torch.autograd.grad(inputs.loss("5", objective).loss, (inputs.hidden, inputs.weight))
     inputs.labels[inputs.mask == 0] = -100
-    got = ours(inputs, "5", objective)
+    got = inputs.loss("5", objective)
     assert torch.isfinite(got.statistics).all()
     torch.testing.assert_close(torch.autograd.grad(got.loss, (inputs.hidden, inputs.weight)), wanted)
 
@@ -165,7 +123,7 @@ def test_bf16_students_and_teachers_stay_near_float64() -> None:
     for name in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
         setattr(exact, name, getattr(inputs, name).detach().double().requires_grad_())
     for kind in ("hidden", "5"):
-        got, wanted = ours(inputs, kind, objective), plain(exact, kind, objective)[0]
+        got, wanted = inputs.loss(kind, objective), plain(exact, kind, objective)[0]
         assert got.loss.dtype == torch.float32
         torch.testing.assert_close(got.loss.double(), wanted, rtol=1e-2, atol=0)
         (gradient,) = torch.autograd.grad(got.loss, inputs.hidden)

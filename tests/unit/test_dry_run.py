@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from llama_70b import config_only
 from random_models import random_model
 from torch.distributed.tensor import DTensor
 
@@ -23,18 +24,6 @@ from ee_tuning.tuning.tuner import Tuner
 
 pytestmark = pytest.mark.slow
 
-LLAMA_70B = {
-    "model_type": "llama",
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-    "torch_dtype": "float16",
-}
-
 
 @pytest.fixture(autouse=True)
 def no_world() -> Iterator[None]:
@@ -43,12 +32,6 @@ def no_world() -> Iterator[None]:
     yield
     if dist.is_initialized():
         destroy_parallel()
-
-
-def config_only(folder: Path, **changes: Any) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**LLAMA_70B, **changes}))
-    return folder
 
 
 def job(model: Path, tp: int = 1, pp: int = 1, **keys: Any) -> Config:
@@ -71,20 +54,10 @@ def test_70b_on_128_ranks_is_rehearsed_from_its_config_alone(
     model = config_only(tmp_path / "70b")
     assert (
         cli.main(
-            [
-                "tune",
-                "--model",
-                str(model),
-                "--exit-layers",
-                "10,20,30,40,50,60,70,80",
-                "--tensor-model-parallel-size",
-                "8",
-                "--pipeline-model-parallel-size",
-                "8",
-                "--dry-run",
-                "--world-size",
-                "128",
-            ]
+            (
+                f"tune --model {model} --exit-layers 10,20,30,40,50,60,70,80 --tensor-model-parallel-size 8 "
+                "--pipeline-model-parallel-size 8 --dry-run --world-size 128"
+            ).split()
         )
         == 0
     )

@@ -183,24 +183,10 @@ def test_blocks_hold_prompts_of_one_task():
 
 @pytest.fixture
 def command(shared: Path) -> list[str]:
-    return [
-        "evaluate",
-        "--model",
-        str(shared / "model"),
-        "--exits",
-        str(shared / "exits"),
-        "--task",
-        str(shared / "task.jsonl"),
-        "--metric",
-        "contains",
-        "--thresholds",
-        "0.3",
-        "0.05",
-        "--max-new-tokens",
-        "6",
-        "--block",
-        "2",
-    ]
+    return (
+        f"evaluate --model {shared / 'model'} --exits {shared / 'exits'} --task {shared / 'task.jsonl'} --metric "
+        "contains --thresholds 0.3 0.05 --max-new-tokens 6 --block 2"
+    ).split()
 
 
 def test_the_same_command_goes_on(

@@ -5,14 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from exits import write_exits
+from exits import loaded_with, write_exits
 from random_models import random_llama
 from torch import Tensor
 
-from ee_tuning.artifact.load import load_for_generation
-from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.model.exit_head import ExitHead
-from ee_tuning.parallel.topology import init_parallel
 
 TOKENS = torch.tensor([[5, 17, 80, 3, 9, 77, 0, 41]])
 
@@ -26,8 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logits(model: Path, exits: Path) -> dict[int, Tensor]:  # layer -> [s, b, v]
     """Of every exit, and of the final head under 0."""
-    config = load_config(None, {"model.path": str(model), "exits.path": str(exits), "model.dtype": "float64"})
-    stage = load_for_generation(config, init_parallel(ParallelSection())).model
+    stage = loaded_with(model, exits, dtype="float64").model
     with torch.no_grad():
         hidden, inputs = stage.run_layers(stage.embed(TOKENS))
         final = F.linear(stage.final_hidden(hidden), stage.backbone.output_layer.weight)

@@ -5,13 +5,13 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from random_models import random_llama
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 
 from ee_tuning import config as job
@@ -57,13 +57,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def artifact(llama: Path, tmp_path: Path) -> Path:
     return save(first_weights(llama), tmp_path / "exits")
-
-
-def refusal(action: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        action()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from megatron_files import save_legacy, save_stock_model
 from random_models import random_llama
+from refusals import refusal
 
 from ee_tuning.artifact.inspect import model_facts
 from ee_tuning.checkpoint.fingerprint import fingerprint
@@ -54,13 +55,6 @@ def print_of(folder: Path) -> str:
     return fingerprint(*opened(folder)[:2])
 
 
-def refusal(folder: Path | str) -> str:
-    with pytest.raises(InputError) as error:
-        print_of(Path(folder))
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def test_links_that_the_owner_made_are_followed(saved: Path, sharded: Path, tmp_path: Path) -> None:
     """Weights linked from a store, a cache whose blobs were moved to another disk: refused as leading out of the
     folder.
@@ -93,7 +87,7 @@ def test_a_link_of_another_user_is_named(sharded: Path, tmp_path: Path, monkeypa
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     monkeypatch.setattr(links, "_trusted_owners", lambda folder: {-1})
-    message = refusal(sharded)
+    message = refusal(print_of, sharded)
     assert all(word in message for word in (f"{path} is a link of another user", "elsewhere", "make the link yourself"))
 
 
@@ -104,7 +98,7 @@ def test_a_link_to_nothing_is_told(sharded: Path, kind: str, name: str) -> None:
     path = sorted(sharded.glob("*.safetensors"))[1] if name == "shard" else sharded / name
     path.unlink()
     path.symlink_to(path.name if kind == "loop" else "../../blobs/0123")
-    message = refusal(sharded)
+    message = refusal(print_of, sharded)
     assert str(path) in message and ("link" in message), message
     assert kind == "loop" or "../../blobs/0123, which is not there" in message
 
@@ -115,14 +109,14 @@ def test_an_index_names_files_of_its_folder_alone(sharded: Path, target: str) ->
     tree = json.loads((sharded / INDEX).read_text())
     tree["weight_map"]["model.norm.weight"] = target
     (sharded / INDEX).write_text(json.dumps(tree))
-    message = refusal(sharded)
+    message = refusal(print_of, sharded)
     assert INDEX in message and repr(target) in message and "a file of this very folder" in message
 
 
 def test_shards_without_their_index_are_told_from_no_weights(sharded: Path) -> None:
     """`holds neither`, though all of the weights are there."""
     (sharded / INDEX).unlink()
-    message = refusal(sharded)
+    message = refusal(print_of, sharded)
     assert (
         message.startswith(f"{sharded / INDEX} is missing")
         and "model-00001-of-" in message
@@ -143,7 +137,7 @@ def test_weights_in_another_form_are_named(saved: Path, tmp_path: Path, name: st
     """A folder with .bin files alone: nothing said how to get on; `inspect` called its weights missing."""
     shutil.copy(saved / "single" / "config.json", tmp_path)
     (tmp_path / name).write_bytes(b"x")
-    message = refusal(tmp_path)
+    message = refusal(print_of, tmp_path)
     assert all(word in message for word in words), message
     assert (name in model_facts(tmp_path)["format"]) == (name != "training_args.bin")
 
@@ -170,7 +164,7 @@ def test_what_a_file_holds_instead_is_told(
     source = {"common.pt": "megatron", INDEX: "sharded"}.get(name, "legacy" if "/" in name else "single")
     folder = Path(shutil.copytree(saved / source, tmp_path / "model"))
     (folder / name).write_bytes(content)
-    message = refusal(folder)
+    message = refusal(print_of, folder)
     if not (content.startswith(b"PK") and name.endswith(".pt")):
         assert all(word in message for word in [str(folder / name), *words]), message
 
@@ -196,7 +190,7 @@ def test_a_file_is_no_folder(tmp_path: Path, name: str, content: bytes | None, w
     """`--model file.gguf`: there is no folder, though there is a file."""
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    message = refusal(tmp_path / name)
+    message = refusal(print_of, tmp_path / name)
     assert all(word in message for word in words), message
 
 
@@ -217,7 +211,7 @@ def test_quantized_weights_are_told_by_their_method(
     folder = Path(shutil.copytree(saved / "single", tmp_path / "model"))
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**raw, "quantization_config": fields}))
-    message = refusal(folder)
+    message = refusal(print_of, folder)
     assert (
         f"quantized by {words} (quantization_config)" in message
         and "give the model that they were made from" in message

@@ -168,18 +168,10 @@ def test_commands_take_it_as_any_model(
     )
     assert (
         cli.main(
-            [
-                "generate",
-                "--model",
-                str(path),
-                "--exits",
-                str(tmp_path / "run" / "exit_heads"),
-                "--prompt",
-                "all",
-                "--max-new-tokens",
-                "3",
-                "--json",
-            ]
+            (
+                f"generate --model {path} --exits {tmp_path / 'run' / 'exit_heads'} --prompt all --max-new-tokens 3 "
+                "--json"
+            ).split()
         )
         == 0
     )

@@ -189,18 +189,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def run(shared: tuple[Path, Path], output: Path, *flags: str) -> int:
     return cli.main(
-        [
-            "calibrate",
-            "--model",
-            str(MODEL),
-            "--exits",
-            str(shared[0]),
-            "--data",
-            str(shared[1]),
-            "--output",
-            str(output),
-            *flags,
-        ]
+        [*f"calibrate --model {MODEL} --exits {shared[0]} --data {shared[1]} --output {output}".split(), *flags]
     )
 
 

@@ -1,41 +1,35 @@
 """Megatron's checkpoints: the same model as Hugging Face's, and nothing in them is believed or run."""
 
 import fractions
-import os
 import pickle
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from decoding import full_logits
+from exits import loaded_with
 from megatron_files import save_legacy, save_stock_model
 from random_models import random_llama
+from refusals import Hostile, refusal
 
-from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import OpenModel, model_folder, open_model
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.checkpoint.verify import verify_folder
-from ee_tuning.config import ModelSection, ParallelSection, load_config
+from ee_tuning.config import ModelSection, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.export.megatron_writer import write_megatron
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.model.config import model_config_from_hf, read_model_config
 from ee_tuning.model.huggingface_config import huggingface_config
 from ee_tuning.model.megatron_args import model_config_from_megatron
-from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.storage import distcp_writer
 from ee_tuning.storage.mapped_file import map_file
 from ee_tuning.storage.torch_file import Archive
-
-
-class Hostile:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch hostile",)
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +53,6 @@ def all_rows(model: OpenModel) -> dict[str, torch.Tensor]:
     return {name: model.source.rows(name, 0, shape[0]) for name, shape in backbone_tensor_shapes(model.config).items()}
 
 
-def refusal(action: Callable[[], Any]) -> str:
-    with pytest.raises(InputError) as error:
-        action()
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 @pytest.mark.parametrize("is_old", [False, True])
 @pytest.mark.parametrize(("tp", "stages"), [(1, (6,)), (2, (6,)), (2, (1, 5)), (1, (2, 2, 2))])
 def test_a_legacy_checkpoint_is_the_same_model(tmp_path: Path, is_old: bool, tp: int, stages: tuple[int, ...]) -> None:
@@ -82,16 +69,10 @@ def test_a_legacy_checkpoint_is_the_same_model(tmp_path: Path, is_old: bool, tp:
         assert torch.equal(tensors[name], tensor), name
         if tensor.dim() == 2:
             assert torch.equal(got.source.columns(name, 5, 33), tensor[:, 5:33]), name
-    model = load_for_generation(
-        load_config(None, {"model.path": str(tmp_path / "run")}), init_parallel(ParallelSection())
-    ).model
+    model = loaded_with(tmp_path / "run").model
     tokens = torch.randint(0, 100, (2, 19))
     with torch.no_grad():
-        hidden, _ = model.run_layers(model.embed(tokens))
-        logits = torch.nn.functional.linear(model.final_hidden(hidden), model.backbone.output_layer.weight).transpose(
-            0, 1
-        )
-        torch.testing.assert_close(logits, reference(tokens).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(full_logits(model, tokens), reference(tokens).logits, rtol=0, atol=1e-4)
 
 
 def test_a_tied_output_matrix_is_read_once(tmp_path: Path) -> None:

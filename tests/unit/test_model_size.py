@@ -5,26 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_70b import config_only
 from random_models import FAMILIES, random_model
 
 from ee_tuning import cli
 from ee_tuning.checkpoint.model_size import parameters_by_part, parameters_per_layer, tensor_parts
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.model.config import read_model_config
-
-LLAMA_70B = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "dtype": "bfloat16",
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.mark.slow
@@ -39,7 +26,7 @@ def test_a_config_alone_tells_the_published_size(
     """A projection counted by query heads where keys have fewer; an output matrix forgotten, or a refusal for want of
     140 GB.
     """
-    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_70B, **changes}))
+    config_only(tmp_path, torch_dtype="bfloat16", **changes)
     assert cli.main(["inspect", "--model", str(tmp_path), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     vocabulary = changes["vocab_size"] * 8192

@@ -1,7 +1,6 @@
 """What newer releases of Megatron-core write, from one process: HybridModel, fsdp_dtensor, and no common.pt."""
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from dcp_files import save, save_fsdp_dtensor
 from hybrid_files import save_hybrid_model
 from megatron_files import save_stock_model
 from random_models import random_llama
+from refusals import Hostile, refusal
 
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import OpenModel, open_model
@@ -20,13 +20,7 @@ from ee_tuning.checkpoint.hybrid_layers import HybridLayers
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.checkpoint.verify import verify_folder
 from ee_tuning.config import ModelSection
-from ee_tuning.errors import InputError
 from ee_tuning.model.megatron_args import model_config_from_megatron
-
-
-class Hostile:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch hostile",)
 
 
 def write_hybrid(model: str, folder: str) -> None:
@@ -35,13 +29,6 @@ def write_hybrid(model: str, folder: str) -> None:
 
 def opened(path: Path, **keys: Any) -> OpenModel:
     return open_model(ModelSection(path=str(path), **keys))
-
-
-def refusal(action: Callable[[], Any]) -> str:
-    with pytest.raises(InputError) as error:
-        action()
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def write_without_common(model: str, folder: str) -> None:

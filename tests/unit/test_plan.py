@@ -6,23 +6,12 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from llama_70b import config_only
 
 from ee_tuning import cli
 from ee_tuning.parallel.topology import destroy_parallel
 
 pytestmark = pytest.mark.slow
-
-LLAMA_70B = {
-    "model_type": "llama",
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-    "torch_dtype": "float16",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +23,7 @@ def no_world() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 70B in width, eight layers deep."""
-    folder = tmp_path_factory.mktemp("llama")
-    (folder / "config.json").write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": 8}))
-    return folder
+    return config_only(tmp_path_factory.mktemp("llama"), num_hidden_layers=8)
 
 
 def plan(model: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, dict[str, Any]]:
@@ -141,20 +128,9 @@ def test_the_table_shows_every_stage_and_the_formula(model: Path, capsys: pytest
     """A figure without its formula can not be argued with."""
     assert (
         cli.main(
-            [
-                "plan",
-                "--model",
-                str(model),
-                "--exit-layers",
-                "2",
-                "8",
-                "--pipeline-model-parallel-size",
-                "4",
-                "--nodes",
-                "2",
-                "--gpus-per-node",
-                "2",
-            ]
+            (
+                f"plan --model {model} --exit-layers 2 8 --pipeline-model-parallel-size 4 --nodes 2 --gpus-per-node 2"
+            ).split()
         )
         == 0
     )
@@ -207,22 +183,16 @@ def test_what_waits_for_the_teacher_is_counted(model: Path, capsys: pytest.Captu
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model with fewer positions than sequences are long by default."""
-    folder = tmp_path_factory.mktemp("short")
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                **LLAMA_70B,
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "vocab_size": 256,
-                "max_position_embeddings": 128,
-            }
-        )
+    return config_only(
+        tmp_path_factory.mktemp("short"),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+        max_position_embeddings=128,
     )
-    return folder
 
 
 def test_defaults_fit_each_other(short: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_loss import PADDED, B, H, LossInputs, S, V, check_chunked, named_events, plain_objective
 from torch import Tensor
 
 from ee_tuning.parallel.shortlist import (
@@ -19,11 +20,9 @@ from ee_tuning.parallel.shortlist import (
     token_top1,
 )
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.loss import STATISTICS, ExitLoss, linear_loss
 from ee_tuning.tuning.objective import Objective
-from ee_tuning.tuning.teacher import HiddenTeacher, Teacher, TopKTeacher, top_k_teacher
+from ee_tuning.tuning.teacher import TopKTeacher, top_k_teacher
 
-S, B, H, V, PADDED = 7, 3, 16, 37, 42
 ALONE = SimpleNamespace(tp=1, tp_rank=0, tp_group=None, device=torch.device("cpu"))
 IDS = (0, 3, 4, 11, 17, 18, 29, 36)
 VOCAB = Shortlist.of_tokens(IDS, VocabShard(V, 0, PADDED, None, 1), ALONE)
@@ -36,8 +35,10 @@ MIXTURES = [
 ]
 
 
-class Inputs:
+class Inputs(LossInputs):
     """Of the student and its teacher, seeded; who agree here and there."""
+
+    vocab = VOCAB
 
     def __init__(self) -> None:
         draw = torch.Generator().manual_seed(3)
@@ -48,13 +49,7 @@ class Inputs:
         self.hidden, self.weight = randn(S, B, H).requires_grad_(), randn(OTHER + 1, H).requires_grad_()
         self.teacher_hidden, self.teacher_weight = self.hidden.detach() + randn(S, B, H) / 3, randn(PADDED, H)
         self.teacher_weight[list(IDS)] = self.weight.detach()[:-1]
-        self.labels = torch.randint(V, (S, B), generator=draw)
-        self.mask = torch.rand(S, B, generator=draw, dtype=torch.float64) * (torch.rand(S, B, generator=draw) > 0.3)
-
-    def teacher(self, kind: str) -> Teacher:
-        if kind == "hidden":
-            return HiddenTeacher(self.teacher_hidden, self.teacher_weight)
-        return top_k_teacher(self.teacher_hidden, self.teacher_weight, int(kind), vocab=VOCAB, chunk_tokens=5)
+        self.draw_labels(draw)
 
 
 def coarse(whole: Tensor) -> Tensor:  # [n, v] probabilities -> [n, classes]
@@ -68,44 +63,21 @@ def plain(inputs: Inputs, kind: str, objective: Objective) -> tuple[Tensor, dict
     p, whole = logits.softmax(-1), F.linear(inputs.teacher_hidden, inputs.teacher_weight[:V]).flatten(0, 1).softmax(-1)
     t, named = coarse(whole), [IDS.index(token) if token in IDS else OTHER for token in whole.argmax(-1).tolist()]
     labels = torch.tensor([IDS.index(token) if token in IDS else OTHER for token in inputs.labels.flatten().tolist()])
-    mask, events_p, events_t = inputs.mask.flatten(), p, t
+    events = (p, t)
     if kind != "hidden":  # k + 1 events, the likeliest token's class among the k
         ranks = t.scatter(1, torch.tensor(named)[:, None], 2.0)
-        told = ranks.argsort(descending=True)[:, : int(kind)]
-        events_p, events_t = (
-            torch.cat((each.gather(1, told), 1 - each.gather(1, told).sum(1, keepdim=True)), 1) for each in (p, t)
-        )
+        events = named_events(ranks.argsort(descending=True)[:, : int(kind)], p, t)
     says = p.argmax(-1)
     sure = torch.where(says == OTHER, 0.0, p.amax(-1))
-    parts = {
-        "cross_entropy": F.cross_entropy(logits, labels, reduction="none"),
-        "forward_kl": F.kl_div(events_p.log(), events_t, reduction="none").sum(-1),
-        "total_variation": (events_p - events_t).abs().sum(-1) / 2,
-        "confidence": sure,
-        "agreement": ((says == torch.tensor(named)) & (says != OTHER)).double(),
-        "above_0.6": (sure >= 0.6).double(),
-    }
-    weights = mask * p.amax(-1).detach() if objective.weighs_by_confidence else mask
-    per_token = sum(
-        getattr(objective, name) * parts[name] for name in ("cross_entropy", "forward_kl", "total_variation")
-    )
-    sums = {name: (mask * each).sum() for name, each in parts.items()} | {
-        "tokens": mask.sum(),
-        "weights": weights.sum(),
-    }
-    return (weights * per_token).sum(), sums
-
-
-def ours(inputs: Inputs, kind: str, objective: Objective, chunk_tokens: int = 4) -> ExitLoss:
-    return linear_loss(
-        inputs.hidden,
-        inputs.weight,
-        inputs.labels,
-        inputs.mask,
-        vocab=VOCAB,
-        chunk_tokens=chunk_tokens,
-        objective=objective,
-        teacher=inputs.teacher(kind),
+    return plain_objective(
+        objective,
+        logits,
+        labels,
+        inputs.mask.flatten(),
+        events,
+        confidence=sure,
+        agreement=((says == torch.tensor(named)) & (says != OTHER)).double(),
+        **{"above_0.6": (sure >= 0.6).double()},
     )
 
 
@@ -117,17 +89,7 @@ def test_losses_and_statistics_are_those_of_the_coarsened_distributions(objectiv
     """
     inputs = Inputs()
     expected, sums = plain(inputs, kind, objective)
-    wanted = torch.autograd.grad(expected * 0.37, (inputs.hidden, inputs.weight))
-    for chunk_tokens in (4, 1000):
-        got = ours(inputs, kind, objective, chunk_tokens)
-        torch.testing.assert_close(got.loss, expected, rtol=1e-10, atol=0)
-        torch.testing.assert_close(
-            torch.autograd.grad(got.loss * 0.37, (inputs.hidden, inputs.weight)), wanted, rtol=1e-9, atol=1e-11
-        )
-    with torch.no_grad():
-        statistics = dict(zip(STATISTICS, ours(inputs, kind, objective).statistics, strict=True))
-    for name, value in sums.items():
-        torch.testing.assert_close(statistics[name], value.detach(), rtol=1e-9, atol=1e-12, msg=name)
+    check_chunked(inputs, kind, objective, expected, sums)
     assert 0 < sums["agreement"] < sums["tokens"] and sums["confidence"] > 0
 
 
@@ -136,11 +98,11 @@ def test_labels_that_are_no_tokens_stay_so() -> None:
     a loss.
     """
     inputs = Inputs()
-    expected = ours(inputs, "hidden", Objective()).loss
+    expected = inputs.loss("hidden", Objective()).loss
     inputs.labels[inputs.mask == 0] = -100
-    torch.testing.assert_close(ours(inputs, "hidden", Objective()).loss, expected)
+    torch.testing.assert_close(inputs.loss("hidden", Objective()).loss, expected)
     inputs.labels[inputs.mask.argmax() // B, inputs.mask.argmax() % B] = V
-    assert ours(inputs, "hidden", Objective()).loss.isnan()
+    assert inputs.loss("hidden", Objective()).loss.isnan()
 
 
 def test_the_likeliest_token_is_told_first_however_likely_the_others_are_together() -> None:

@@ -72,24 +72,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def command(shared: Path, tmp_path: Path) -> list[str]:
-    return [
-        "calibrate",
-        "--model",
-        str(shared / "model"),
-        "--exits",
-        str(shared / "exits"),
-        "--task",
-        str(shared / "task.jsonl"),
-        "--output",
-        str(tmp_path / "calibration.json"),
-        "--confidence",
-        "0.5",
-        "--thresholds",
-        "0.05",
-        "0.5",
-        "--max-new-tokens",
-        "8",
-    ]
+    return (
+        f"calibrate --model {shared / 'model'} --exits {shared / 'exits'} --task {shared / 'task.jsonl'} --output "
+        f"{tmp_path / 'calibration.json'} --confidence 0.5 --thresholds 0.05 0.5 --max-new-tokens 8"
+    ).split()
 
 
 @pytest.mark.parametrize("metric", ["contains", "choice"])

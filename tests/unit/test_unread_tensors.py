@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from exits import loaded_with
 from megatron_files import save_legacy, save_stock_model
 from random_models import random_llama, random_model
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 
 from ee_tuning import notices
@@ -29,13 +31,6 @@ def opened(folder: Path) -> OpenModel:
     model = open_model(ModelSection(path=str(folder)))
     model.source.check_complete(model.config)
     return model
-
-
-def refusal(folder: Path) -> str:
-    with pytest.raises(InputError) as error:
-        opened(folder)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def edited(folder: Path, **changes: object) -> None:
@@ -91,11 +86,7 @@ def test_an_output_matrix_of_its_own_is_the_one_that_speaks(
 def greedy(folder: Path, prompt: list[int]) -> list[int]:
     from decoding import decode
 
-    from ee_tuning.artifact.load import load_for_generation
-    from ee_tuning.config import ParallelSection
-    from ee_tuning.parallel.topology import init_parallel
-
-    loaded = load_for_generation(load_config(None, {"model.path": str(folder)}), init_parallel(ParallelSection()))
+    loaded = loaded_with(folder)
     return decode(loaded, [prompt], 12, policy="full")[0].tokens
 
 
@@ -161,7 +152,7 @@ def test_a_tensor_that_no_parameter_is_made_of_is_named(tmp_path: Path, name: st
     with_tensors(
         tmp_path, {name: torch.ones(2, 2)}, without="model.layers.1.mlp.up_proj.weight" if "base_layer" in name else ""
     )
-    message = refusal(tmp_path)
+    message = refusal(opened, tmp_path)
     assert all(word in message for word in ["model.safetensors", *words]), message
 
 
@@ -220,7 +211,7 @@ def test_an_adapters_files_are_told(tmp_path: Path) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
         (folder / "adapter_model.safetensors").touch()
-        message = refusal(folder)
+        message = refusal(opened, folder)
         assert all(
             word in message
             for word in ["adapter_config.json, adapter_model.safetensors, made for org/base", "peft", *words]
@@ -237,4 +228,4 @@ def test_a_model_without_its_first_prefix_is_the_same(tmp_path: Path) -> None:
     edited(tmp_path / "bare", architectures=["Qwen3ForCausalLM"])
     assert fingerprint(*opened(tmp_path / "bare")[:2]) == fingerprint(*opened(tmp_path / "whole")[:2])
     edited(tmp_path / "bare", tie_word_embeddings=False)
-    assert "no output matrix (lm_head.weight)" in refusal(tmp_path / "bare")
+    assert "no output matrix (lm_head.weight)" in refusal(opened, tmp_path / "bare")
