@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+from sources import nodes
 
 from ee_tuning.json_file import parse_json, parse_strict_json, to_json
 
@@ -34,7 +35,7 @@ def test_all_json_is_written_by_one_writer():
     """
     calls = {}
     for path in [*(ROOT / "ee_tuning").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if (
                 isinstance(node, ast.Attribute)
                 and node.attr in ("dump", "dumps", "JSONEncoder")

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from sources import nodes
 
 ROOT = Path(__file__).parents[2]
 QUOTED = re.findall(r"\*\*`([^`]+)`\*\*", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))
@@ -16,7 +17,7 @@ def messages() -> tuple[str, ...]:
     """Every text of the package's sources; a value within it is a NUL."""
     found = []
     for path in sorted((ROOT / "ee_tuning").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.JoinedStr):
                 parts = (part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
                 found.append("".join(map(str, parts)))

@@ -15,6 +15,7 @@ import pytest
 from byte_tokenizer import write_byte_tokenizer
 from exits import write_exits
 from random_models import random_llama
+from sources import nodes
 
 from ee_tuning import EarlyExitLLM, cli
 from ee_tuning.config import Config, replace
@@ -155,7 +156,7 @@ def test_python_says_that_code_is_trusted(model: Path, tmp_path: Path) -> None:
 
 
 def calls(path: Path) -> Iterator[ast.Call]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained":
             yield node
 

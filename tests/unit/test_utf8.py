@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sources import nodes
 
 PACKAGE = Path(__file__).parents[2] / "ee_tuning"
 NO_UTF8 = {
@@ -21,7 +22,7 @@ NO_UTF8 = {
 
 def opened_by_locale(source: Path) -> Iterator[str]:
     """Calls that open a text and do not name its encoding."""
-    for call in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+    for call in nodes(source):
         if not isinstance(call, ast.Call) or "encoding" in (
             keys := {keyword.arg: keyword.value for keyword in call.keywords}
         ):
