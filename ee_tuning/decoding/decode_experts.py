@@ -7,8 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ee_tuning.decoding.column_major import column_major
 from ee_tuning.model.activation import activation
-from ee_tuning.model.column_major import column_major
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.experts import MoELayer
 from ee_tuning.parallel.topology import Topology

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ee_tuning.decoding import graphs
 from ee_tuning.decoding.captured_batch import padded_count
+from ee_tuning.decoding.column_major import column_major, row_major
 from ee_tuning.decoding.decode_layer import DecodeLayer, native_shape
 from ee_tuning.kernel import calls
-from ee_tuning.model.column_major import column_major, row_major
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import (
     AdapterHead,

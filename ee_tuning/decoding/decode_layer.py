@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ee_tuning.decoding import graphs
 from ee_tuning.decoding.captured_batch import CapturedBatch
+from ee_tuning.decoding.column_major import column_major, row_major
 from ee_tuning.decoding.decode_experts import DecodeExperts
 from ee_tuning.decoding.eager_attention import EagerBatch, LayerCache, rotate
 from ee_tuning.kernel import calls
 from ee_tuning.model.activation import activation
 from ee_tuning.model.attention import softmax_scale
-from ee_tuning.model.column_major import column_major, row_major
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.topology import Topology

@@ -102,9 +102,9 @@ class TextStream:
     def _beginning(self, stop: str) -> int:
         """Number of characters at the end of `text` that may begin `stop`."""
         if not self._is_marked(stop):
-            return _overlap(self.text, stop)
+            return overlap(self.text, stop)
         said, places = self._with_special(max(0, len(self.text) - len(stop)))
-        length = _overlap(said, stop)
+        length = overlap(said, stop)
         return len(self.text) - places[-length] if length else 0
 
     def _is_marked(self, stop: str) -> bool:
@@ -144,6 +144,6 @@ def _with_cut_character(ids: list[int], decode: Callable[[list[int]], str]) -> s
     return text
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+def overlap(text: str, stop: str) -> int:
+    """Returns the length of the longest end of `text` that begins `stop`, without being all of it."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

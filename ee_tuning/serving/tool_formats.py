@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ee_tuning.generation.text import overlap
+
 _ARGUMENTS = ("arguments", "parameters")
 
 
@@ -109,7 +111,7 @@ class ToolCallReader:
             self._held = self._held[at + len(self._form.begin) :]
             self._object = _CallObject(self._form.begin)
             return
-        keep = len(self._held) - _length_of_beginning(self._held, self._form.begin)
+        keep = len(self._held) - overlap(self._held, self._form.begin)
         keep = len(self._held[:keep].rstrip())
         if keep:
             yield Delta(self._held[:keep])
@@ -219,8 +221,3 @@ def _text_of(part: str) -> str | None:
     except ValueError:
         return None
     return value if isinstance(value, str) else None
-
-
-def _length_of_beginning(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that begins `mark`."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
