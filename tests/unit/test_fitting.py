@@ -228,7 +228,7 @@ def test_fitted_and_copied_exits_become_one_artifact(model: Path, tmp_path: Path
 
 def test_fitted_exits_of_the_shipped_model_are_better_than_copied_ones(tmp_path: Path) -> None:
     """A map that fits its own texts and nothing else; one that makes states alike and words apart."""
-    sources = sorted((Path(__file__).parents[2] / "ee_tuning" / "checkpoint").glob("e*.py"))
+    sources = sorted((Path(__file__).parents[2] / "ee_tuning" / "artifact").glob("e*.py"))
     config = fitted_job(
         SHIPPED,
         tmp_path,
