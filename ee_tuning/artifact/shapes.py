@@ -23,6 +23,9 @@ from ee_tuning.storage.tensor_slice import TensorShape
 
 DEFAULT_SEQ_LENGTH = 2048
 """Default tokens per sequence of tuning, where the model has as many positions."""
+DEFAULT_CHUNK_LENGTH = 4096
+"""Default tokens per sequence that go through the frozen layers at a time, where sequences are more than twice as long.
+"""
 LARGEST_AUTO = 16384
 """Size of a shortlist whose texts are to decide it but have not been read. Most texts choose fewer tokens."""
 
@@ -79,8 +82,18 @@ def as_tuned(config: Config, model: ModelConfig | None = None) -> Config:
 
 def with_seq_length(config: Config, model: ModelConfig | None = None) -> Config:
     """Replaces a tuning.seq_length of 0 by a default that depends on the model's shape, which is read unless `model`
-    gives it. Weights may be missing.
+    gives it, and a tuning.forward_chunk_length of 0 where sequences are long. Weights may be missing.
     """
+    config = _with_known_length(config, model)
+    length, tp = config.tuning.seq_length, config.parallel.tensor_model_parallel_size
+    is_long = length > 2 * DEFAULT_CHUNK_LENGTH and length % DEFAULT_CHUNK_LENGTH == 0
+    is_whole = config.tuning.trained.has_backbone or not is_long or DEFAULT_CHUNK_LENGTH % max(1, tp)
+    if config.tuning.forward_chunk_length or is_whole:
+        return config
+    return replace(config, tuning={"forward_chunk_length": DEFAULT_CHUNK_LENGTH})
+
+
+def _with_known_length(config: Config, model: ModelConfig | None) -> Config:
     if config.tuning.seq_length != 0:
         return config
     model = model or read_shape(config.model, needs_weights=False)

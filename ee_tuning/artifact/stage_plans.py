@@ -142,11 +142,17 @@ def compute_dtype(config: Config, topology: Topology) -> torch.dtype:
 
 
 def _cuts_sequence(config: Config, topology: Topology) -> bool:
-    cuts_sequence = config.parallel.sequence_parallel and topology.tp > 1
-    if cuts_sequence and config.tuning.seq_length % topology.tp:
+    cuts_sequence, tuning = config.parallel.sequence_parallel and topology.tp > 1, config.tuning
+    if tuning.forward_chunk_length and tuning.seq_length % tuning.forward_chunk_length:
+        raise InputError(
+            f"tuning.forward_chunk_length must divide tuning.seq_length = {tuning.seq_length}, got {tuning.pass_length}; "
+            "give a divisor, or 0"
+        )
+    if cuts_sequence and tuning.pass_length % topology.tp:
+        key = "forward_chunk_length" if tuning.forward_chunk_length else "seq_length"
         raise InputError(
             f"parallel.sequence_parallel cuts the sequence into tensor_model_parallel_size = {topology.tp} equal parts, but "
-            f"tuning.seq_length is {config.tuning.seq_length}; set it to a multiple of {topology.tp}, or leave it whole"
+            f"tuning.{key} is {tuning.pass_length}; set it to a multiple of {topology.tp}, or leave it whole"
         )
     return cuts_sequence
 

@@ -35,6 +35,11 @@ class TuningSection:
     """Sequences per optimizer step over all replicas."""
     seq_length: int = 0
     """Tokens per sequence. 0: 2048, or the model's number of positions if it is smaller."""
+    forward_chunk_length: int = 0
+    """Tokens of each sequence that go through the frozen layers at a time; a divisor of seq_length. Later ones attend
+    to the keys and values of earlier ones, and losses and gradients are the same up to rounding. 0: 4096 where
+    seq_length is above 8192 and a multiple of 4096, else all.
+    """
     lr: float = 1e-4
     """Largest learning rate."""
     min_lr: float = 1e-5
@@ -164,6 +169,11 @@ class TuningSection:
     def trained(self) -> Trainable:
         """`trainable`, parsed. Raises InputError on an unknown word."""
         return Trainable.of(self.trainable)
+
+    @property
+    def pass_length(self) -> int:
+        """Tokens of each sequence that go through the frozen layers at a time, and from stage to stage in a message."""
+        return self.forward_chunk_length or self.seq_length
 
     def teacher_plan(self, *, ties_output: bool, drafts: bool = False) -> TeacherPlan | None:
         """Returns the final head's part, or None where neither the loss nor validations need its distribution.

@@ -41,6 +41,57 @@ class Batch:
     position_ids: Tensor | None = None
     """[b, s] int64: position of each token in its document (data.reset_position_ids)."""
 
+    def chunks(self, length: int = 0) -> "list[BatchChunk]":
+        """Returns its chunks of `length` tokens per row, in order; one chunk of everything for 0."""
+        whole = self.tokens.shape[1]
+        length = length or whole
+        return [BatchChunk(batch=self, start=start, stop=start + length) for start in range(0, whole, length)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchChunk:
+    """Tokens `start` .. `stop` - 1 of each row of a batch: c of them."""
+
+    batch: Batch
+    start: int
+    stop: int
+
+    @property
+    def tokens(self) -> Tensor:
+        """[b, c]."""
+        return self.batch.tokens[:, self.start : self.stop].contiguous()
+
+    @property
+    def labels(self) -> Tensor:
+        """[c, b]."""
+        return self.batch.labels[self.start : self.stop]
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """[c, b]."""
+        return self.batch.loss_mask[self.start : self.stop]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(b, s) of the whole batch."""
+        b, s = self.batch.tokens.shape
+        return b, s
+
+    @property
+    def ends_rows(self) -> bool:
+        """Whether no chunk of the batch follows."""
+        return self.stop == self.shape[1]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the batch."""
+        return self.start == 0 and self.ends_rows
+
+    @property
+    def whole(self) -> "BatchChunk":
+        """All of the batch."""
+        return BatchChunk(batch=self.batch, start=0, stop=self.shape[1])
+
 
 def count_microbatches(tuning: TuningSection, dp: int) -> int:
     """Returns the micro-batches per step of one of `dp` replicas. Raises InputError where they do not divide the global

@@ -37,6 +37,8 @@ class Eagle3Head(ExitHead):
     holds for step i the embeddings of the tokens i + 1 ahead. Step i then predicts the token i + 2 ahead.
     """
 
+    attends_to_earlier = True
+
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
         """See ExitHead."""
         assert self.spec.draft is not None

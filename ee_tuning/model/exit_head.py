@@ -136,6 +136,8 @@ class ExitHead(nn.Module, ABC):
 
     takes_mlp_input = False
     """Whether the head reads layer l's normed post-attention residual instead of its output."""
+    attends_to_earlier = False
+    """Whether a token's logits depend on the head's inputs at earlier tokens, by attention of its own."""
 
     def __init__(
         self,
@@ -289,6 +291,8 @@ class AdapterHead(NormHead):
 
 class LayerHead(NormHead):
     """W Norm(Layer(x)), with a transformer layer like the backbone's last one."""
+
+    attends_to_earlier = True
 
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
         """See ExitHead."""

@@ -15,7 +15,8 @@ _BY_ROWS = ("torch_attn::_varlen_attn", "aten::_flash_attention_")
 def attention_flops(name: str, arguments: dict[str, Any]) -> int | None:
     """Returns the multiplications and additions of the operation `name`, or None if it is not attention.
 
-    `arguments` are named as in its schema. Of causal attention only the necessary half counts.
+    `arguments` are named as in its schema. Of causal attention only what is necessary counts: queries are the last ones
+    of as many tokens as there are keys.
     """
     if name.startswith(_DENSE):
         num_rows, num_heads, num_queries, width = arguments["query"].shape
@@ -28,5 +29,5 @@ def attention_flops(name: str, arguments: dict[str, Any]) -> int | None:
         return None
     # Scores and output; backward recomputes the scores and computes the gradients of values, scores, queries and keys.
     num_products = 5 if "backward" in name else 2
-    flops = 2 * num_products * num_rows * num_heads * num_queries * num_keys * width
-    return flops // 2 if arguments.get("is_causal") else flops
+    twice_seen = 2 * num_queries * num_keys - (num_queries**2 if arguments.get("is_causal") else 0)
+    return num_products * num_rows * num_heads * twice_seen * width

@@ -75,8 +75,8 @@ MEMORY = {
     "optimizer": "of the heads: float32 masters and Adam's two moments, this replica's part",
     "heads": "of the heads: whole copies in the computing dtype",
     "gradients": "of the heads: what stays between two micro-batches",
-    "activations": "hidden states in the frozen layers, and what waits for the exits",
-    "queue": "what exits keep of micro-batches that wait for the final head's lesson",
+    "activations": "hidden states in the frozen layers, keys and values of a sequence's earlier chunks, and what waits for the exits",
+    "queue": "what exits keep of micro-batches that wait for the final head's lesson, and of chunks that wait for the last one",
     "relay": "hidden states on their way in",
     "loss": "one chunk of logits with its gradient, and what else the heads' forward and backward passes need",
     "other": "batches, counts, the update's temporaries",
@@ -239,7 +239,7 @@ class _MeasuredForward(StageForward):
         teacher_channel: TeacherChannel | None,
     ) -> None:
         tuning = config.tuning
-        receives, sends = model.relay_shapes(tuning.seq_length, tuning.micro_batch_size)
+        receives, sends = model.relay_shapes(tuning.pass_length, tuning.micro_batch_size)
         super().__init__(
             model,
             _AccountedRelay(topology, receives, model.plan.dtype, sends, tracker),
@@ -251,7 +251,7 @@ class _MeasuredForward(StageForward):
 
     def forward(self, microbatch: Microbatch, next_action: NextAction) -> StageOutput:
         """See StageForward."""
-        self.num_forward += 1
+        self.num_forward += microbatch.chunk.ends_rows
         with self._tracker.during("activations"):
             output = super().forward(microbatch, next_action)
         if self._is_ahead:
@@ -275,15 +275,16 @@ class _MeasuredTrainer(ExitTrainer):
 
     def train(self, output: StageOutput) -> dict[int, ExitLoss]:
         """See ExitTrainer."""
-        self.num_trained += 1
+        self.num_trained += output.microbatch.chunk.ends_rows
         with self._tracker.during("loss"):
             losses = super().train(output)
+        self._tracker.reclassify("loss", "queue", self._joined.kept)
         self._tracker.reclassify("loss", "gradients")
         return losses
 
     def evaluate(self, output: StageOutput) -> dict[int, ExitLoss]:
         """See ExitTrainer."""
-        self.num_validated += 1
+        self.num_validated += output.microbatch.chunk.ends_rows
         with self._tracker.during("validation"):
             return super().evaluate(output)
 

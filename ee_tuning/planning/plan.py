@@ -30,7 +30,7 @@ FORMULA = (
     "and gradients reduced "
     "over d replicas ÷ bandwidth between them",
     "run = steps × step + validations × eval_iters × the slowest stage's forward + (stages − 1) × the slowest "
-    "stage's micro-batch, for the "
+    "stage's micro-batch, or chunk of it, for the "
     "relay fills once; checkpoints, loading and data are left out; where exits are fitted, + the fit's micro-batches "
     "× the slowest stage's "
     "operations ÷ (efficiency × peak operations/s)",
@@ -95,6 +95,8 @@ class TuningPlan:
     fits: bool
     seq_length: int
     """Tokens per sequence."""
+    chunk_length: int
+    """Tokens of each sequence that go through the layers at a time."""
     step_seconds: float
     tokens_per_second: float
     tokens: int
@@ -162,7 +164,7 @@ def make_plan(config: Config, cluster: Cluster) -> TuningPlan:
     run = (
         tuning.train_iters * step
         + validations * tuning.eval_iters * max(each.validation for each in stages)
-        + (pp - 1) * slowest
+        + (pp - 1) * slowest * tuning.pass_length / tuning.seq_length
     )
     fit_bytes, fit_seconds = max((each.num_bytes for each in fit), default=0), _fit_seconds(fit, cluster)
     run += fit_seconds
@@ -177,6 +179,7 @@ def make_plan(config: Config, cluster: Cluster) -> TuningPlan:
         fit_bytes=fit_bytes,
         fit_seconds=fit_seconds,
         seq_length=tuning.seq_length,
+        chunk_length=tuning.pass_length,
         step_seconds=step,
         tokens_per_second=tokens_per_step / step,
         tokens=tuning.train_iters * tokens_per_step,

@@ -46,10 +46,11 @@ def _lines(config: Config, plan: TuningPlan) -> list[str]:
     cluster, gpu, tuning = plan.cluster, plan.cluster.gpu, config.tuning
     yes = "fits" if plan.fits else "DOES NOT FIT"
     weights = "" if tuning.backbone_weights == "native" else f", frozen layers in {tuning.backbone_weights}"
+    chunks = f" in chunks of {plan.chunk_length}" if plan.chunk_length != plan.seq_length else ""
     return [
         f"{config.model.path} on {cluster.nodes} × {cluster.gpus_per_node} {gpu.name}: tensor {plan.tensor} × "
         f"pipeline {plan.pipeline} × "
-        f"data {plan.data}, sequences of {plan.seq_length}, micro-batch {tuning.micro_batch_size}, global batch "
+        f"data {plan.data}, sequences of {plan.seq_length}{chunks}, micro-batch {tuning.micro_batch_size}, global batch "
         f"{tuning.global_batch_size}{weights}",
         "",
         *_table(plan.stages),

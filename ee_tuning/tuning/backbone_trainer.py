@@ -98,7 +98,7 @@ class BackboneTrainer:
         """Runs the layers backward from the final head's `loss`, the `exits`' gradients, and the next stage's, which
         it receives; sends the gradient to the stage before.
         """
-        self._num_tokens += output.microbatch.batch.loss_mask.sum(dtype=torch.float64).item()
+        self._num_tokens += output.microbatch.chunk.loss_mask.sum(dtype=torch.float64).item()
         roots = [root for root in exits if root[0].requires_grad]
         if loss is not None and loss.loss.requires_grad:
             roots.append((loss.loss, torch.full_like(loss.loss, self._tuning.final_loss_weight)))

@@ -1,6 +1,8 @@
 """Training and validation of a stage's exits on the micro-batches that went through the stage, and their metrics."""
 
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,9 +23,10 @@ from ee_tuning.tuning.loss_metrics import Divisor, LossSums, training_figures, v
 from ee_tuning.tuning.metrics import MetricsGatherer
 from ee_tuning.tuning.optimizer import ExitOptimizer, ExitUpdate, update_exits
 from ee_tuning.tuning.schedule import learning_rate, loss_weight_ramp
+from ee_tuning.tuning.sequence_chunks import JoinedChunks
 from ee_tuning.tuning.settings import objective
 from ee_tuning.tuning.stage_forward import StageOutput
-from ee_tuning.tuning.teacher import Teacher
+from ee_tuning.tuning.teacher import Lesson
 from ee_tuning.tuning.teacher_channel import TeacherChannel
 from ee_tuning.tuning.throughput import Throughput
 
@@ -46,6 +49,7 @@ class ExitTrainer:
         self.validated_step: int | None = None
         self._tuning, self._topology, self._sums = tuning, topology, LossSums()
         self._teacher_channel, self._drafting = teacher_channel, Drafting.of(model, tuning)
+        self._joined = JoinedChunks(model)
         self._trained = [each for each in exits if each.trains]
         self._divisor: Divisor = "weights" if tuning.divide_by_token_weights else "tokens"
         self._skipped: Counter[int] = Counter()
@@ -124,30 +128,58 @@ class ExitTrainer:
         """Runs each trained exit forward and backward, and then the layers, where they are trained; gradients add up.
         Returns sums by exit layer.
         """
-        losses, targets, roots = dict[int, ExitLoss](), self._targets(output), list[Root]()
+        losses, roots = dict[int, ExitLoss](), list[Root]()
         ramp = loss_weight_ramp(output.microbatch.step, self._tuning)
-        for each in self._trained:
-            each.begin_microbatch(output.microbatch.is_last)
-            inputs, cuts = output.exit_inputs[each.layer], list[tuple[Tensor, Tensor]]()
+        for part in self._parts(output):
+            targets = self._targets(part)
+            for each in self._trained:
+                if each.layer not in part.exit_inputs:
+                    continue
+                each.begin_microbatch(output.microbatch.is_last)
+                inputs, cuts = part.exit_inputs[each.layer], list[tuple[Tensor, Tensor]]()
+                if self._backbone is not None:
+                    inputs, cuts = inputs.leaves()
+                result = self._loss(each, inputs, targets)
+                result.loss.backward()
+                losses[each.layer] = result._replace(loss=result.loss.detach())
+                roots += [(x, leaf.grad * (each.loss_weight * ramp)) for x, leaf in cuts if leaf.grad is not None]
             if self._backbone is not None:
-                inputs, cuts = inputs.leaves()
-            result = self._loss(each, inputs, targets)
-            result.loss.backward()
-            losses[each.layer] = result._replace(loss=result.loss.detach())
-            roots += [(x, leaf.grad * (each.loss_weight * ramp)) for x, leaf in cuts if leaf.grad is not None]
-        if self._backbone is not None:
-            final = self._backbone.final_loss(output, targets)
-            self._backbone.backward(output, final, roots)
-            losses |= {} if final is None else {self._backbone.layer: final._replace(loss=final.loss.detach())}
+                final = self._backbone.final_loss(part, targets)
+                self._backbone.backward(part, final, roots)
+                losses |= {} if final is None else {self._backbone.layer: final._replace(loss=final.loss.detach())}
         return losses
 
     @torch.no_grad()
     def evaluate(self, output: StageOutput) -> dict[int, ExitLoss]:
         """Runs each exit forward without a gradient. Returns sums by exit layer."""
-        targets = self._targets(output)
-        losses = {each.layer: self._loss(each, output.exit_inputs[each.layer], targets) for each in self.exits}
-        final = self._backbone.final_loss(output, targets) if self._backbone is not None else None
-        return losses if final is None or self._backbone is None else {**losses, self._backbone.layer: final}
+        losses = dict[int, ExitLoss]()
+        for part in self._parts(output):
+            targets = self._targets(part)
+            exits = [each for each in self.exits if each.layer in part.exit_inputs]
+            losses |= {each.layer: self._loss(each, part.exit_inputs[each.layer], targets) for each in exits}
+            final = self._backbone.final_loss(part, targets) if self._backbone is not None else None
+            if final is not None and self._backbone is not None:
+                losses[self._backbone.layer] = final
+        return losses
+
+    def _parts(self, output: StageOutput) -> Iterator[StageOutput]:
+        """Yields the output for the exits that take it as it is, with its teacher; and, once the last chunk of a
+        micro-batch is there, all of it for those that attend to earlier tokens.
+        """
+        output, chunk = replace(output, teacher=self._teacher(output)), output.microbatch.chunk
+        if chunk.is_whole or not self._joined.layers:
+            yield output
+            return
+        yield replace(output, exit_inputs=self._joined.others(output.exit_inputs))
+        beside = output.teacher.by_token if output.teacher is not None else {}
+        if whole := self._joined.add(chunk, output.exit_inputs, beside):
+            inputs, by_token = whole
+            yield replace(
+                output,
+                microbatch=replace(output.microbatch, chunk=chunk.whole),
+                exit_inputs=inputs,
+                teacher=None if output.teacher is None else output.teacher.with_tokens(by_token),
+            )
 
     @part("exit heads")
     def _loss(self, exit: ExitOptimizer, inputs: ExitInput, targets: Targets) -> ExitLoss:
@@ -170,12 +202,12 @@ class ExitTrainer:
         return self._linear_loss(hidden, weight, targets.labels, targets.loss_mask, teacher=targets.teacher)
 
     def _targets(self, output: StageOutput) -> Targets:
-        batch = output.microbatch.batch
+        chunk = output.microbatch.chunk
         # One copy to the device serves every exit.
-        labels, loss_mask = (to_device(each, self._topology.device) for each in (batch.labels, batch.loss_mask))
-        return Targets(labels, loss_mask, self._teacher(output))
+        labels, loss_mask = (to_device(each, self._topology.device) for each in (chunk.labels, chunk.loss_mask))
+        return Targets(labels, loss_mask, output.teacher)
 
-    def _teacher(self, output: StageOutput) -> Teacher | None:
+    def _teacher(self, output: StageOutput) -> Lesson | None:
         """Returns the teacher of a micro-batch, or None where it needs none. Call it once for each, in order."""
         channel = self._teacher_channel
         if output.teacher is not None or channel is None or not channel.serves(output.microbatch.is_training):

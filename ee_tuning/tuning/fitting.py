@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ee_tuning.artifact.load import LoadedModel, fitted_dtype, load_for_fitting
 from ee_tuning.config import Config, TuningSection
-from ee_tuning.data.loader import Batch, batches_of_each
+from ee_tuning.data.loader import Batch, BatchChunk, batches_of_each
 from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
-from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import RIDGE, Fit, FitSums, num_columns, solved, solved_of_rank
+from ee_tuning.model.sequence_chunk import KeyValueCache
 from ee_tuning.notices import warn
 from ee_tuning.parallel.feedback import Feedback
 from ee_tuning.parallel.pinned_staging import to_device
@@ -32,6 +32,7 @@ from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.fitting_other import OtherFit
+from ee_tuning.tuning.sequence_chunks import JoinedChunks, documents_of
 
 # s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden
 
@@ -115,7 +116,7 @@ class FitPass:
     def __init__(self, loaded: LoadedModel, tuning: TuningSection, topology: Topology, kind: type[Relay] = Relay):
         assert loaded.exits is not None
         self._model, self._exits, self._topology = loaded.model, loaded.exits, topology
-        shape, dtype = self._model.hidden_shape(tuning.seq_length, tuning.micro_batch_size), self._model.plan.dtype
+        shape, dtype = self._model.hidden_shape(tuning.pass_length, tuning.micro_batch_size), self._model.plan.dtype
         student_stages = tuple(
             stage
             for stage, (first, last) in enumerate(loaded.stages[:-1])
@@ -123,6 +124,11 @@ class FitPass:
         )
         self._relay, self._feedback = kind(topology, shape, dtype), Feedback(topology, shape, dtype, student_stages)
         self._is_student, self._chunk_tokens = topology.stage in student_stages, tuning.loss_chunk_tokens
+        self._forward_length, self._cache, self._joined = (
+            tuning.forward_chunk_length,
+            KeyValueCache(),
+            JoinedChunks(self._model),
+        )
         has_list = bool(self._exits.token_ids) and topology.is_last_stage
         self.other = OtherFit(self._model, self._exits.token_ids, topology) if has_list else None
         """The fit of the shortlist's row of "any other token", on the last stage."""
@@ -134,13 +140,15 @@ class FitPass:
     @torch.no_grad()
     def run(self, batches: list[Batch]) -> None:
         """Processes the micro-batches of this replica. All ranks of the replica get the same ones."""
-        # micro-batches whose final states have not arrived yet
-        queue: deque[tuple[Batch, dict[int, ExitInput]]] = deque()
+        # chunks whose final states have not arrived yet
+        queue: deque[tuple[BatchChunk, dict[int, ExitInput]]] = deque()
         num_ahead = self._topology.pp - 1 - self._topology.stage if self._is_student else 0
-        for index, batch in enumerate(batches):
-            inputs, final = self._forward(batch, NextAction.END if index == len(batches) - 1 else NextAction.NEXT)
-            queue.append((batch, inputs))
-            while len(queue) > (num_ahead if index < len(batches) - 1 else 0):
+        chunks = [chunk for batch in batches for chunk in batch.chunks(self._forward_length)]
+        for index, chunk in enumerate(chunks):
+            is_last = index == len(chunks) - 1
+            inputs, final = self._forward(chunk, NextAction.END if is_last else NextAction.NEXT)
+            queue.append((chunk, inputs))
+            while len(queue) > (0 if is_last else num_ahead):
                 self._add(*queue.popleft(), final)
         self._relay.finish()
         self._feedback.finish()
@@ -196,11 +204,11 @@ class FitPass:
             )
         return row
 
-    def _forward(self, batch: Batch, next_action: NextAction) -> tuple[dict[int, ExitInput], Tensor | None]:
+    def _forward(self, chunk: BatchChunk, next_action: NextAction) -> tuple[dict[int, ExitInput], Tensor | None]:
         """Returns the exits' inputs and, on the last stage, the final states [s, b, h]."""
-        documents = PackedDocuments.of(batch.document_ids, batch.position_ids, self._topology.device)
+        documents = documents_of(chunk, self._cache, self._topology.device)
         if self._topology.is_first_stage:
-            hidden = self._model.embed(to_device(batch.tokens, self._topology.device), documents)
+            hidden = self._model.embed(to_device(chunk.tokens, self._topology.device), documents)
         else:
             hidden, next_action = self._relay.receive()
         hidden, inputs = self._model.run_layers(hidden, documents)
@@ -213,18 +221,27 @@ class FitPass:
         self._relay.send(hidden, next_action=next_action)
         return inputs, None
 
-    def _add(self, batch: Batch, inputs: dict[int, ExitInput], final: Tensor | None) -> None:
+    def _add(self, chunk: BatchChunk, inputs: dict[int, ExitInput], final: Tensor | None) -> None:
         if not inputs and self.other is None:
             return
-        final = self._model.whole_sequence(self._feedback.take() if final is None else final).flatten(0, 1)
-        counts = to_device(batch.loss_mask, final.device).flatten()
+        final = self._model.whole_sequence(self._feedback.take() if final is None else final)
+        counts = to_device(chunk.loss_mask, final.device)
         if self.other is not None:
-            for part in self._chunks(len(final)):
-                self.other.add(final[part], counts[part])
-        for layer, sums in self.sums.items():
-            states = self._model.exit_head(layer)(inputs[layer], _states).flatten(0, 1)
+            for part in self._chunks(counts.numel()):
+                self.other.add(final.flatten(0, 1)[part], counts.flatten()[part])
+        if chunk.is_whole or not self._joined.layers:
+            self._add_states(inputs, final, counts)
+            return
+        self._add_states(self._joined.others(inputs), final, counts)
+        if whole := self._joined.add(chunk, inputs, {"final": final, "counts": counts}):
+            self._add_states(whole[0], whole[1]["final"], whole[1]["counts"])
+
+    def _add_states(self, inputs: dict[int, ExitInput], final: Tensor, counts: Tensor) -> None:  # …, [s, b, h], [s, b]
+        final, counts = final.flatten(0, 1), counts.flatten()
+        for layer, each in inputs.items():
+            states = self._model.exit_head(layer)(each, _states).flatten(0, 1)
             for part in self._chunks(len(states)):
-                sums.add(states[part], final[part], counts[part])
+                self.sums[layer].add(states[part], final[part], counts[part])
 
     def _chunks(self, num_tokens: int) -> Iterator[slice]:
         starts = [*range(0, num_tokens, self._chunk_tokens), num_tokens]

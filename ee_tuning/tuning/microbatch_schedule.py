@@ -4,22 +4,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ee_tuning.config import TuningSection
-from ee_tuning.data.loader import Batch, BatchSource
+from ee_tuning.data.loader import Batch, BatchChunk, BatchSource
 
 
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
-    """A micro-batch and its purpose."""
+    """A micro-batch, or a chunk of its sequences, and its purpose."""
 
-    batch: Batch
+    chunk: BatchChunk
     is_training: bool
     """Whether it belongs to an optimizer step, and not to a validation."""
     step: int
     """The optimizer step that it belongs to, or that its validation follows; 0 before the first step."""
     is_last: bool
-    """Whether it is the last one of its step or of its validation."""
+    """Whether it is the last one of its step or of its validation, and the last chunk."""
     position: int
-    """Number of samples that all replicas have consumed after it."""
+    """Number of samples that all replicas have consumed after the micro-batch."""
     ends_step: bool
     """Whether it is the last one of its step, the step's validation included."""
 
@@ -52,12 +52,11 @@ class MicrobatchSchedule:
         """Yields the micro-batches of optimizer step `step`."""
         for index in range(self._source.num_microbatches):
             is_last = index == self._source.num_microbatches - 1
-            yield Microbatch(
-                batch=next(self._source),
+            yield from self._chunks(
+                next(self._source),
                 is_training=True,
                 step=step,
                 is_last=is_last,
-                position=self._source.position,
                 ends_step=is_last and not self.validates_after(step),
             )
 
@@ -65,11 +64,17 @@ class MicrobatchSchedule:
         """Yields the micro-batches of a validation after `step`."""
         for index, batch in enumerate(self._validation):
             is_last = index == len(self._validation) - 1
+            yield from self._chunks(batch, is_training=False, step=step, is_last=is_last, ends_step=is_last)
+
+    def _chunks(
+        self, batch: Batch, *, is_training: bool, step: int, is_last: bool, ends_step: bool
+    ) -> Iterator[Microbatch]:
+        for chunk in batch.chunks(self._tuning.forward_chunk_length):
             yield Microbatch(
-                batch=batch,
-                is_training=False,
+                chunk=chunk,
+                is_training=is_training,
                 step=step,
-                is_last=is_last,
+                is_last=is_last and chunk.ends_rows,
                 position=self._source.position,
-                ends_step=is_last,
+                ends_step=ends_step and chunk.ends_rows,
             )

@@ -21,6 +21,7 @@ _FREE = {
     "tuning.run_folder",
     "tuning.micro_batch_size",
     "tuning.loss_chunk_tokens",
+    "tuning.forward_chunk_length",
     "tuning.recompute_activations",
     "tuning.log_interval",
     "tuning.eval_interval",

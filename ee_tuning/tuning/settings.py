@@ -17,6 +17,7 @@ def check_settings(tuning: TuningSection) -> None:
         ("train_iters", 1),
         ("log_interval", 1),
         ("loss_chunk_tokens", 1),
+        ("forward_chunk_length", 0),
         ("keep_checkpoints", 1),
         ("eval_interval", 0),
         ("save_interval", 0),
@@ -67,6 +68,11 @@ def _check_trainable(tuning: TuningSection) -> None:
         )
     if not math.isfinite(tuning.lora_alpha) or tuning.lora_alpha == 0:
         raise InputError(f"tuning.lora_alpha must be a number other than 0, got {tuning.lora_alpha:g}")
+    if trained.has_backbone and tuning.forward_chunk_length:
+        raise InputError(
+            f"tuning.forward_chunk_length = {tuning.forward_chunk_length} is for frozen layers, and tuning.trainable = "
+            f"{tuning.trainable} goes backward through them; leave one of them out"
+        )
     if trained.has_backbone and tuning.divide_by_token_weights:
         raise InputError(
             f"tuning.divide_by_token_weights divides each exit's loss by another number, and tuning.trainable = "

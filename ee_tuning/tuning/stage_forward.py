@@ -1,4 +1,4 @@
-"""One micro-batch through the layers of this stage: receive, run, send.
+"""One micro-batch, or a chunk of it, through the layers of this stage: receive, run, send.
 
 No stage waits for a later one: hidden states leave before the first loss is computed.
 """
@@ -12,13 +12,15 @@ from torch import Tensor
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.model.sequence_chunk import KeyValueCache
 from ee_tuning.model.stage_states import packed, unpacked
 from ee_tuning.parallel.pinned_staging import to_device
 from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.microbatch_schedule import Microbatch
-from ee_tuning.tuning.teacher import Teacher
+from ee_tuning.tuning.sequence_chunks import documents_of
+from ee_tuning.tuning.teacher import Lesson, Teacher
 from ee_tuning.tuning.teacher_channel import TeacherChannel
 from ee_tuning.tuning.teacher_model import TeacherModel
 
@@ -31,7 +33,7 @@ class StageOutput:
     next_action: NextAction
     exit_inputs: dict[int, ExitInput]
     """Input of each exit, by layer."""
-    teacher: Teacher | None
+    teacher: Lesson | None
     """The teacher, where it is already known: on the last stage."""
     hidden: Tensor
     """[s, b, h]: the last layer's output, with a graph behind it where the backbone is trained."""
@@ -54,14 +56,14 @@ class StageForward:
     ) -> None:
         self._teacher_model = teacher_model
         self._model, self._relay, self._topology, self._teacher_channel = model, relay, topology, teacher_channel
+        self._cache = KeyValueCache()
 
     def forward(self, microbatch: Microbatch, next_action: NextAction) -> StageOutput:
         """Runs the layers and sends the result on. The first stage chooses `next_action`; the others pass it on."""
         teacher_channel = self._teacher_channel
         if teacher_channel is not None and not teacher_channel.serves(microbatch.is_training):
             teacher_channel = None
-        batch = microbatch.batch
-        documents = PackedDocuments.of(batch.document_ids, batch.position_ids, self._topology.device)
+        documents = documents_of(microbatch.chunk, self._cache, self._topology.device)
         entering, next_action = self._entering(microbatch, documents, next_action)
         what = f"the layers of a micro-batch of step {microbatch.step} (its tensor-parallel ranks take part)"
         with hang_watchdog(self._topology, what):
@@ -90,7 +92,7 @@ class StageForward:
     ) -> tuple["_Entering", NextAction]:
         model, teacher = self._model, self._teacher_model
         if self._topology.is_first_stage:
-            tokens = to_device(microbatch.batch.tokens, self._topology.device)
+            tokens = to_device(microbatch.chunk.tokens, self._topology.device)
             taught = None if teacher is None else teacher.embed(tokens, documents)
             return _Entering(model.embed(tokens, documents), {}, taught), next_action
         states, next_action = self._relay.receive()

@@ -6,7 +6,8 @@ chunk reuses.
 
 # s sequence · b micro-batch · h hidden · v this rank's true rows of the vocabulary · n tokens of a chunk · k tokens
 # that a TopKTeacher lists
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -52,6 +53,17 @@ class Teacher(Protocol):
         """Returns the distribution for tokens `part` of s · b, over the classes of `vocab` where it is a shortlist."""
 
 
+class Lesson(Teacher, Protocol):
+    """A teacher as it comes from the final head, which can be joined with those of other tokens."""
+
+    @property
+    def by_token(self) -> dict[str, Tensor]:
+        """Its tensors that have a row for each token, in order, or for each place of s."""
+
+    def with_tokens(self, by_token: Mapping[str, Tensor]) -> "Lesson":
+        """Returns a teacher with these tensors instead."""
+
+
 @dataclass(frozen=True)
 class TeacherBuffers:
     """Buffers for one chunk, [n, v] each."""
@@ -68,6 +80,15 @@ class HiddenTeacher:
     """[s, b, h], after the final norm."""
     weight: Tensor
     """[v/tp, h], the backbone's frozen output matrix."""
+
+    @property
+    def by_token(self) -> dict[str, Tensor]:
+        """See Lesson."""
+        return {"hidden": self.hidden}
+
+    def with_tokens(self, by_token: Mapping[str, Tensor]) -> "HiddenTeacher":
+        """See Lesson."""
+        return replace(self, **by_token)
 
     def chunk(self, part: slice, buffers: TeacherBuffers, vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
         """See Teacher."""
@@ -124,6 +145,15 @@ class TopKTeacher:
     def tail(self) -> Tensor:  # [n, 1]
         """Total probability of all tokens that are not listed."""
         return (1 - self.probabilities.sum(-1, keepdim=True)).clamp_(min=0)
+
+    @property
+    def by_token(self) -> dict[str, Tensor]:
+        """See Lesson."""
+        return {"ids": self.ids, "probabilities": self.probabilities}
+
+    def with_tokens(self, by_token: Mapping[str, Tensor]) -> "TopKTeacher":
+        """See Lesson."""
+        return replace(self, **by_token)
 
     def chunk(self, part: slice, buffers: TeacherBuffers, vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
         """See Teacher."""

@@ -16,7 +16,7 @@ from ee_tuning.model.sequence_parallel import local_sequence
 from ee_tuning.parallel.feedback import Feedback
 from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.tuning.teacher import HiddenTeacher, Teacher, TopKTeacher, top_k_teacher
+from ee_tuning.tuning.teacher import HiddenTeacher, Lesson, TopKTeacher, top_k_teacher
 
 # s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden · n its tokens · k tokens of a
 # TopKTeacher
@@ -35,7 +35,7 @@ class TeacherChannel:
     ) -> None:
         self._model, self._topology, self._tuning, self._plan = model, topology, tuning, plan
         student_stages = tuple(stage for stage in stages_with_exits if stage < topology.pp - 1)
-        shape, dtype = model.hidden_shape(tuning.seq_length, tuning.micro_batch_size), model.plan.dtype
+        shape, dtype = model.hidden_shape(tuning.pass_length, tuning.micro_batch_size), model.plan.dtype
         if not plan.sends_hidden:
             num_tokens, k = shape[0] * shape[1], min(tuning.teacher_top_k, model.exit_vocab.size)
             shape, dtype = (num_tokens, 2, k), torch.promote_types(dtype, torch.float32)
@@ -57,7 +57,7 @@ class TeacherChannel:
             self.feedback.expect()
 
     @part("teacher")
-    def publish(self, hidden: Tensor) -> Teacher:  # [s, b, h], the last layer's output
+    def publish(self, hidden: Tensor) -> Lesson:  # [s, b, h], the last layer's output
         """Computes the teacher of a micro-batch on the last stage, and sends it to the student stages."""
         hidden, weight = self._model.final_hidden(hidden), self._model.backbone.output_layer.weight
         if self._plan.sends_hidden:
@@ -75,7 +75,7 @@ class TeacherChannel:
         self.feedback.send(local_sequence(numbers, self._topology) if self._model.plan.cuts_sequence else numbers)
         return signal
 
-    def teacher_signal(self) -> Teacher | None:
+    def teacher_signal(self) -> Lesson | None:
         """Returns the teacher of the oldest expected micro-batch on other stages, or None on stages without exits."""
         if not self._is_student:
             return None

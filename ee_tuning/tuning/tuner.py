@@ -233,7 +233,7 @@ class Tuner:
         }
 
     def _relay(self) -> Relay:
-        receives, sends = self._model.relay_shapes(self.tuning.seq_length, self.tuning.micro_batch_size)
+        receives, sends = self._model.relay_shapes(self.tuning.pass_length, self.tuning.micro_batch_size)
         if (teacher := self._teacher_model) is not None:
             receives, sends = ((*shape[:-1], shape[-1] + teacher.width) for shape in (receives, sends))
         return Relay(self.topology, receives, self._model.plan.dtype, sends=sends)

@@ -28,11 +28,11 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "compared": {"compare_final": True, "token_weights": "confidence"},
 }
 LAYOUTS = {
-    "top_k": [(1, 4, False), (2, 2, True)],
-    "hidden": [(1, 4, False), (2, 2, True), (2, 1, False)],
-    "compared": [(1, 4, False)],
+    "top_k": [(1, 4, False, 0), (2, 2, True, 0), (2, 2, True, 4)],
+    "hidden": [(1, 4, False, 0), (2, 2, True, 0), (2, 1, False, 0), (1, 4, False, 3)],
+    "compared": [(1, 4, False, 0)],
 }
-"""TP, PP, and whether the sequence is cut over TP."""
+"""TP, PP, whether the sequence is cut over TP, and the tokens of its chunks."""
 
 
 @pytest.fixture(scope="module", params=list(MIXTURES))
@@ -52,9 +52,11 @@ def test_every_layout_learns_the_lessons_of_one_process(
     that runs past a checkpoint.
     """
     mixture, wanted = alone
-    for tp, pp, cuts_sequence in LAYOUTS[mixture]:
-        config = configure(model, tmp_path / f"run{tp}{pp}", tp=tp, pp=pp, save_interval=2, **MIXTURES[mixture])
-        config = job.replace(config, parallel={"sequence_parallel": cuts_sequence})
+    for tp, pp, cuts_sequence, chunk in LAYOUTS[mixture]:
+        run = tmp_path / f"run{tp}{pp}{chunk}"
+        config = configure(model, run, tp=tp, pp=pp, save_interval=2, **MIXTURES[mixture])
+        keys = {"forward_chunk_length": chunk}
+        config = job.replace(config, parallel={"sequence_parallel": cuts_sequence}, tuning=keys)
         assert world.run(tune, config) == [True] * 4
         assert_same_records(records(config), records(wanted))
         validation = records(config)[0]

@@ -21,8 +21,11 @@ from ee_tuning.tuning.tuner import Tuner
 
 LISTED = ListedTokens(token_ids=(0, 3, 5, 20, 21, 22, 24, 49, *range(60, 101, 2)), num_tokens=1, num_listed=1)
 """Most of the list lies in the second half of the vocabulary."""
-LAYOUTS = {"whole": [(2, 1, False), (2, 2, True), (1, 4, False)], "listed": [(2, 2, False)]}
-"""TP, PP, and whether the sequence is cut over TP; the rest of four processes are replicas."""
+LAYOUTS = {
+    "whole": [(2, 1, False, 0), (2, 2, True, 0), (1, 4, False, 0), (2, 2, True, 4)],
+    "listed": [(2, 2, False, 0)],
+}
+"""TP, PP, whether the sequence is cut over TP, the tokens of its chunks; the rest of four processes are replicas."""
 
 
 def draft_job(model: Path, run: Path, tp: int = 1, pp: int = 1, cuts: bool = False, **tuning: Any) -> Config:
@@ -54,8 +57,8 @@ def test_every_layout_learns_as_one_process(world: World, model: Path, tmp_path:
     assert tune_drafts(wanted, listed)
     expected = checkpoint(wanted, NUM_STEPS)
     assert "exits.6.midlayer.self_attn.q_proj.weight.exp_avg" in expected
-    for tp, pp, cuts in LAYOUTS[vocabulary]:
-        config = draft_job(model, tmp_path / f"run{tp}{pp}", tp, pp, cuts)
+    for tp, pp, cuts, chunk in LAYOUTS[vocabulary]:
+        config = draft_job(model, tmp_path / f"run{tp}{pp}{chunk}", tp, pp, cuts, forward_chunk_length=chunk)
         assert world.run(tune_drafts, config, listed) == [True] * 4
         assert_same_records(records(config), records(wanted))
         for one, other in zip(records(config), records(wanted), strict=True):

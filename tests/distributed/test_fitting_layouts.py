@@ -18,8 +18,8 @@ from ee_tuning.tuning.fitting import fit_exits
 LAYERS = (1, 2, 4, 5, 6)
 
 
-def fitting_job(model: Path, *, tp: int = 1, pp: int = 1, cuts_sequence: bool = False) -> Config:
-    config = configure(model, model / "run", exits=LAYERS, tp=tp, pp=pp)
+def fitting_job(model: Path, *, tp: int = 1, pp: int = 1, cuts_sequence: bool = False, chunk: int = 0) -> Config:
+    config = configure(model, model / "run", exits=LAYERS, tp=tp, pp=pp, forward_chunk_length=chunk)
     exits = {
         "architecture": ("norm", "linear", "layer", "mlp", "adapter"),
         "adapter_rank": 7,
@@ -39,16 +39,31 @@ def alone(model: Path) -> dict[int, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "cuts_sequence"),
-    [(2, 2, False), (2, 2, True), (1, 2, False), (1, 1, False), (2, 1, True), (1, 4, False)],
+    ("tp", "pp", "cuts_sequence", "chunk"),
+    [
+        (2, 2, False, 0),
+        (2, 2, True, 0),
+        (1, 2, False, 0),
+        (1, 1, False, 0),
+        (2, 1, True, 0),
+        (1, 4, False, 0),
+        (2, 2, True, 4),
+    ],
 )
 def test_every_layout_finds_the_maps_of_one_process(
-    world: World, model: Path, alone: dict[int, Tensor], tmp_path: Path, tp: int, pp: int, cuts_sequence: bool
+    world: World,
+    model: Path,
+    alone: dict[int, Tensor],
+    tmp_path: Path,
+    tp: int,
+    pp: int,
+    cuts_sequence: bool,
+    chunk: int,
 ) -> None:
     """Tokens counted by every shard or by the first replica alone, a part of the sequence beside another part's final
     states, final states of the micro-batch before, a map that one rank has and the others do not.
     """
-    answers = world.run(fitted_maps, fitting_job(model, tp=tp, pp=pp, cuts_sequence=cuts_sequence))
+    answers = world.run(fitted_maps, fitting_job(model, tp=tp, pp=pp, cuts_sequence=cuts_sequence, chunk=chunk))
     for layer in LAYERS:
         torch.testing.assert_close(
             answers[0][layer], alone[layer], rtol=1e-5, atol=1e-6, msg=f"the exit after layer {layer}"

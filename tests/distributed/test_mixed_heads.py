@@ -54,14 +54,19 @@ def tune_to_artifact(config: Config) -> bool:
     return is_finished
 
 
-@pytest.mark.parametrize(("tp", "pp", "cuts_sequence"), [(1, 2, True), (2, 1, True), (2, 2, False), (2, 2, True)])
+@pytest.mark.parametrize(
+    ("tp", "pp", "cuts_sequence", "chunk"),
+    [(1, 2, True, 0), (2, 1, True, 0), (2, 2, False, 0), (2, 2, True, 0), (2, 2, True, 4), (1, 4, False, 6)],
+)
 def test_every_architecture_takes_the_steps_of_one_process(
-    world: World, qwen: Path, alone: Config, tmp_path: Path, tp: int, pp: int, cuts_sequence: bool
+    world: World, qwen: Path, alone: Config, tmp_path: Path, tp: int, pp: int, cuts_sequence: bool, chunk: int
 ) -> None:
     """A query norm trained by the gradient of one rank's heads, a bias's or an adapter's summed over ranks that have it
-    alike; of a sequence in parts, a norm trained by one rank's tokens, a part taken for the whole.
+    alike; of a sequence in parts, a norm trained by one rank's tokens, a part taken for the whole; of chunks, a rank's
+    parts joined as if they were its part of the whole.
     """
-    config = job.replace(mixed(qwen, tmp_path / "run", tp=tp, pp=pp), parallel={"sequence_parallel": cuts_sequence})
+    config = mixed(qwen, tmp_path / "run", tp=tp, pp=pp, forward_chunk_length=chunk)
+    config = job.replace(config, parallel={"sequence_parallel": cuts_sequence})
     assert world.run(tune_to_artifact, config) == [True] * 4
     for got, wanted in zip(records(config), records(alone), strict=True):
         assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-6) and set(got["loss"]) == set(map(str, LAYERS))

@@ -114,6 +114,26 @@ def test_a_sequence_in_parts_is_accounted_for_in_parts(tmp_path: Path) -> None:
         profile_ranks(job(model, 8, 2, parallel__sequence_parallel=True, tuning__seq_length=2044, **keys), 16)
 
 
+def test_a_long_sequence_in_chunks_is_accounted_for_in_chunks(tmp_path: Path) -> None:
+    """A plan that counts the layers' results of a whole sequence, forgets the keys and values of earlier chunks, or
+    takes a chunk's operations and messages for the micro-batch's.
+    """
+    model = config_only(tmp_path / "70b", num_hidden_layers=4, max_position_embeddings=16384)
+    keys = {"tuning__seq_length": 16384, "tuning__micro_batch_size": 1, "tuning__global_batch_size": 1}
+    keys |= {"exits__exit_layers": [2, 4], "parallel__sequence_parallel": True, "tuning__eval_iters": 0}
+    (whole, _), (chunked, _) = (
+        profile_ranks(job(model, 8, 2, tuning__forward_chunk_length=length, **keys), 16) for length in (16384, 0)
+    )
+    assert chunked.layer_flops == pytest.approx(whole.layer_flops, rel=1e-6) and chunked.pp_bytes == whole.pp_bytes
+    assert chunked.head_flops == pytest.approx(whole.head_flops, rel=1e-6)
+    kept = 2 * 2 * 16384 * 128 * 2  # keys and values of two layers, one head of eight on each rank, 16 bits
+    before, after = whole.memory["activations"], chunked.memory["activations"]
+    assert kept < after < kept + before / 2, "a quarter of the sequence at a time"
+    keys |= {"exits__architecture": ["norm", "layer"], "exits__init": "copy"}
+    (attending,) = profile_ranks(job(model, 8, 1, **keys), 8)
+    assert attending.memory["queue"] == 16384 * 8192 * 2 // 8, "the rows that a `layer` head waits for, in parts"
+
+
 @pytest.mark.parametrize(
     ("family", "architecture", "output", "exits"),
     [
