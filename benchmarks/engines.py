@@ -98,6 +98,7 @@ def _options() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     """Every way of both engines. Raises InputError where the engines' environment is none, or of another version."""
+    check_counts(options.prompts, options.drafts)
     check_version(options.engines, any_version=options.any_version)
     model = _as_folder(options.model, folder)
     exits = options.exits or _fitted(options, model, folder)
@@ -127,6 +128,14 @@ def speculative_configs(draft: Path, eagle3: Path | None, counts: Sequence[int] 
             "num_speculative_tokens": count,
         }
     return configs
+
+
+def check_counts(prompts: int, drafts: Sequence[int]) -> None:
+    """Raises InputError where there are not so many prompts, or a row would draft nothing."""
+    if not 1 <= prompts <= 2 * len(CHATS):
+        raise InputError(f"--prompts must be 1 to {2 * len(CHATS)}, got {prompts}")
+    if min(drafts) < 1:
+        raise InputError(f"--drafts must be at least 1, got {min(drafts)}")
 
 
 def check_version(python: Path, *, any_version: bool) -> None:

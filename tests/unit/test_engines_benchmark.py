@@ -38,6 +38,16 @@ def test_no_python_at_all_is_refused(tmp_path: Path) -> None:
         engines.check_version(tmp_path / "nothing", any_version=False)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "drafts", "named"), [(0, [3], "--prompts"), (17, [3], "--prompts"), (8, [2, 0], "--drafts")]
+)
+def test_counts_that_can_not_be_are_refused(prompts: int, drafts: list[int], named: str) -> None:
+    """Rates of fewer prompts than the table tells, or an engine's traceback after minutes."""
+    engines.check_counts(16, [1])
+    with pytest.raises(InputError, match=named):
+        engines.check_counts(prompts, drafts)
+
+
 def test_every_way_to_draft_has_a_config(tmp_path: Path) -> None:
     """A head that is given and not run."""
     configs = engines.speculative_configs(tmp_path / "draft", tmp_path / "eagle3", [2, 4])
