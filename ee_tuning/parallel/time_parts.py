@@ -21,6 +21,8 @@ Result = TypeVar("Result")
 
 REST = "Python and the rest"
 COMMUNICATION = "communication"
+TRACED = range(3, 8)
+"""Steps whose calls are kept one by one: the first ones of a process allocate and compile."""
 _COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
 """Functions of torch.distributed whose time is communication. Messages between stages are counted as waiting."""
 
@@ -33,27 +35,29 @@ class TimeParts:
     calls: dict[str, int] = field(default_factory=dict)
     steps: int = 0
     """Optimizer steps or decoding steps."""
-    on_step: Callable[[], None] | None = None
-    """Called after each step."""
+    events: list[tuple[str, int, int]] = field(default_factory=list)
+    """Part, begin and end in nanoseconds since the epoch, of calls in the traced steps."""
     _open: list[str] = field(default_factory=lambda: [REST])
     _since: float = field(default_factory=time.perf_counter)
     _thread: int = field(default_factory=threading.get_ident)
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Counts the time of the block as `name`, in torch's profiler, too."""
+        """Counts the time of the block as `name`."""
         if threading.get_ident() != self._thread:
             yield
             return
         self._book()
         self._open.append(name)
         self.calls[name] = self.calls.get(name, 0) + 1
+        began = time.time_ns()
         try:
-            with torch.profiler.record_function(name):
-                yield
+            yield
         finally:
             self._book()
             self._open.pop()
+            if self.steps + 1 in TRACED:
+                self.events.append((name, began, time.time_ns()))
 
     def end(self) -> None:
         """Counts the time until now."""
@@ -91,8 +95,6 @@ def count_step() -> None:
     """Counts a step of the measured run."""
     if _measured is not None:
         _measured.steps += 1
-        if _measured.on_step is not None:
-            _measured.on_step()
 
 
 @contextmanager
@@ -113,5 +115,4 @@ def measured_parts(modules: dict[str, list[nn.Module]]) -> Iterator[TimeParts]:
             yield _measured
         finally:
             _measured.end()
-            _measured.on_step = None
             _measured = None

@@ -5,21 +5,19 @@ Perfetto.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
 
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.notices import say
 from ee_tuning.parallel.collectives import gather_lists
-from ee_tuning.parallel.time_parts import REST, TimeParts, measured_parts
+from ee_tuning.parallel.time_parts import REST, TRACED, TimeParts, measured_parts
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.text_table import table_lines
 
-FIRST_TRACED, NUM_TRACED = 3, 5
-"""Steps of the trace: the first ones of a process allocate and compile."""
-PARTS, TRACE = "parts.json", "trace-rank-{}.json"
+PARTS, TRACE = "parts.json", "trace.json"
 
 
 def check_profile_folder(folder: Path) -> None:
@@ -42,18 +40,21 @@ def time_report(folder: Path | None, topology: Topology, modules: dict[str, list
     if folder is None:
         yield
         return
-    with _Trace(folder / TRACE.format(topology.rank)) as trace, measured_parts(modules) as parts:
-        parts.on_step = lambda: trace.count(parts.steps)
+    with measured_parts(modules) as parts:
         yield
-    is_one = topology.tp_rank == 0 and topology.dp_rank == 0
-    measured = gather_lists([(topology.stage, parts)] if is_one else [], topology)
+    ranks = gather_lists([(topology.rank, topology.stage, parts)], topology)
     if not topology.is_logging_rank:
         return
-    tree = [{"stage": s, "steps": p.steps, "seconds": p.seconds, "calls": p.calls} for s, p in measured]
+    tree = [
+        {"rank": rank, "stage": stage, "steps": each.steps, "seconds": each.seconds, "calls": each.calls}
+        for rank, stage, each in ranks
+    ]
     (folder / PARTS).write_text(to_json(tree, indent=2) + "\n", encoding="utf-8")
-    say("\n".join(report_lines([each for _, each in measured])))
+    (folder / TRACE).write_text(to_json(_trace(ranks)) + "\n", encoding="utf-8")
+    stages = {stage: each for _, stage, each in reversed(ranks)}  # the first rank of each
+    say("\n".join(report_lines([stages[stage] for stage in sorted(stages)])))
     say(
-        f"wrote {folder / PARTS}, and {folder / TRACE.format('N')} of steps {FIRST_TRACED} to {trace.last} of each rank"
+        f"wrote {folder / PARTS}, and {folder / TRACE}: steps {TRACED[0]} to {TRACED[-1]} of each rank, for ui.perfetto.dev"
     )
 
 
@@ -83,34 +84,12 @@ def _rank(name: str, stages: list[TimeParts]) -> tuple[bool, float]:
     return name == REST, -sum(stage.seconds.get(name, 0.0) for stage in stages)
 
 
-class _Trace:
-    """torch's profiler over the traced steps. A run that ends before them has the trace of what there was."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self.last = path, 0
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        kinds += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-        self._profiler: torch.profiler.profile | None = torch.profiler.profile(activities=kinds)
-        self._is_on = False
-
-    def __enter__(self) -> "_Trace":
-        return self
-
-    def count(self, steps: int) -> None:
-        """Takes the number of steps that are done."""
-        if steps == FIRST_TRACED - 1 and self._profiler is not None:
-            self._profiler.start()
-            self._is_on = True
-        elif self._is_on:
-            self.last = steps
-            if steps == FIRST_TRACED + NUM_TRACED - 1:
-                self._end()
-
-    def _end(self) -> None:
-        if self._is_on and self._profiler is not None:
-            self._profiler.stop()
-            self._profiler.export_chrome_trace(str(self._path))
-        self._is_on, self._profiler = False, None
-
-    def __exit__(self, *error: object) -> None:
-        self._end()
+def _trace(ranks: list[tuple[int, int, TimeParts]]) -> dict[str, Any]:
+    """Returns the calls of all ranks as Chrome's trace events: a process for each rank, on one clock."""
+    events: list[dict[str, Any]] = []
+    for rank, stage, parts in ranks:
+        events.append({"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}, stage {stage}"}})
+        for name, began, ended in parts.events:
+            times = {"ts": began / 1e3, "dur": (ended - began) / 1e3}
+            events.append({"name": name, "ph": "X", "pid": rank, "tid": 0, **times})
+    return {"traceEvents": events}

@@ -13,7 +13,7 @@ from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.pinned_staging import to_device
 from ee_tuning.parallel.relay import NextAction
-from ee_tuning.parallel.time_parts import part
+from ee_tuning.parallel.time_parts import count_step, part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.backbone_trainer import BackboneTrainer, Root
@@ -84,6 +84,7 @@ class ExitTrainer:
                 updates |= self._update_backbone(self._backbone, sums, lr)
         self._skipped.update(layer for layer, update in updates.items() if update.is_skipped)
         throughput.count_step()
+        count_step()
         if (
             self.step % tuning.log_interval
             and output.next_action is not NextAction.END
@@ -130,13 +131,13 @@ class ExitTrainer:
         """
         losses, roots = dict[int, ExitLoss](), list[Root]()
         ramp = loss_weight_ramp(output.microbatch.step, self._tuning)
-        for part in self._parts(output):
-            targets = self._targets(part)
+        for taken in self._parts(output):
+            targets = self._targets(taken)
             for each in self._trained:
-                if each.layer not in part.exit_inputs:
+                if each.layer not in taken.exit_inputs:
                     continue
                 each.begin_microbatch(output.microbatch.is_last)
-                inputs, cuts = part.exit_inputs[each.layer], list[tuple[Tensor, Tensor]]()
+                inputs, cuts = taken.exit_inputs[each.layer], list[tuple[Tensor, Tensor]]()
                 if self._backbone is not None:
                     inputs, cuts = inputs.leaves()
                 result = self._loss(each, inputs, targets)
@@ -144,8 +145,8 @@ class ExitTrainer:
                 losses[each.layer] = result._replace(loss=result.loss.detach())
                 roots += [(x, leaf.grad * (each.loss_weight * ramp)) for x, leaf in cuts if leaf.grad is not None]
             if self._backbone is not None:
-                final = self._backbone.final_loss(part, targets)
-                self._backbone.backward(part, final, roots)
+                final = self._backbone.final_loss(taken, targets)
+                self._backbone.backward(taken, final, roots)
                 losses |= {} if final is None else {self._backbone.layer: final._replace(loss=final.loss.detach())}
         return losses
 
@@ -153,11 +154,11 @@ class ExitTrainer:
     def evaluate(self, output: StageOutput) -> dict[int, ExitLoss]:
         """Runs each exit forward without a gradient. Returns sums by exit layer."""
         losses = dict[int, ExitLoss]()
-        for part in self._parts(output):
-            targets = self._targets(part)
-            exits = [each for each in self.exits if each.layer in part.exit_inputs]
-            losses |= {each.layer: self._loss(each, part.exit_inputs[each.layer], targets) for each in exits}
-            final = self._backbone.final_loss(part, targets) if self._backbone is not None else None
+        for taken in self._parts(output):
+            targets = self._targets(taken)
+            exits = [each for each in self.exits if each.layer in taken.exit_inputs]
+            losses |= {each.layer: self._loss(each, taken.exit_inputs[each.layer], targets) for each in exits}
+            final = self._backbone.final_loss(taken, targets) if self._backbone is not None else None
             if final is not None and self._backbone is not None:
                 losses[self._backbone.layer] = final
         return losses

@@ -24,7 +24,6 @@ from ee_tuning.json_file import to_json
 from ee_tuning.model.draft_spec import draft_tree
 from ee_tuning.parallel.collectives import gather_lists, on_first_rank
 from ee_tuning.parallel.relay import NextAction, Relay
-from ee_tuning.parallel.time_parts import count_step
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.backbone_trainer import BackboneTrainer
 from ee_tuning.tuning.exit_trainer import ExitTrainer
@@ -146,8 +145,6 @@ class Tuner:
                         policy.mark_saved()
                         throughput.mark(trained=False)
                 throughput.mark(trained=microbatch.is_training)
-                if microbatch.is_training and microbatch.is_last:
-                    count_step()
                 metrics.poll()
                 if next_action is NextAction.END:
                     break
