@@ -131,13 +131,13 @@ class ExitTrainer:
         """
         losses, roots = dict[int, ExitLoss](), list[Root]()
         ramp = loss_weight_ramp(output.microbatch.step, self._tuning)
-        for taken in self._parts(output):
-            targets = self._targets(taken)
+        for ready in self._parts(output):
+            targets = self._targets(ready)
             for each in self._trained:
-                if each.layer not in taken.exit_inputs:
+                if each.layer not in ready.exit_inputs:
                     continue
                 each.begin_microbatch(output.microbatch.is_last)
-                inputs, cuts = taken.exit_inputs[each.layer], list[tuple[Tensor, Tensor]]()
+                inputs, cuts = ready.exit_inputs[each.layer], list[tuple[Tensor, Tensor]]()
                 if self._backbone is not None:
                     inputs, cuts = inputs.leaves()
                 result = self._loss(each, inputs, targets)
@@ -145,8 +145,8 @@ class ExitTrainer:
                 losses[each.layer] = result._replace(loss=result.loss.detach())
                 roots += [(x, leaf.grad * (each.loss_weight * ramp)) for x, leaf in cuts if leaf.grad is not None]
             if self._backbone is not None:
-                final = self._backbone.final_loss(taken, targets)
-                self._backbone.backward(taken, final, roots)
+                final = self._backbone.final_loss(ready, targets)
+                self._backbone.backward(ready, final, roots)
                 losses |= {} if final is None else {self._backbone.layer: final._replace(loss=final.loss.detach())}
         return losses
 
@@ -154,11 +154,11 @@ class ExitTrainer:
     def evaluate(self, output: StageOutput) -> dict[int, ExitLoss]:
         """Runs each exit forward without a gradient. Returns sums by exit layer."""
         losses = dict[int, ExitLoss]()
-        for taken in self._parts(output):
-            targets = self._targets(taken)
-            exits = [each for each in self.exits if each.layer in taken.exit_inputs]
-            losses |= {each.layer: self._loss(each, taken.exit_inputs[each.layer], targets) for each in exits}
-            final = self._backbone.final_loss(taken, targets) if self._backbone is not None else None
+        for ready in self._parts(output):
+            targets = self._targets(ready)
+            exits = [each for each in self.exits if each.layer in ready.exit_inputs]
+            losses |= {each.layer: self._loss(each, ready.exit_inputs[each.layer], targets) for each in exits}
+            final = self._backbone.final_loss(ready, targets) if self._backbone is not None else None
             if final is not None and self._backbone is not None:
                 losses[self._backbone.layer] = final
         return losses
