@@ -125,6 +125,15 @@ class TuningSection:
     """Objective of the final head, written like loss; all terms but cross_entropy are against teacher_model. Default:
     forward_kl with a teacher_model, else cross_entropy.
     """
+    layer_dropout: float = 0.0
+    """Largest probability, that of the last layer, with which a layer is left out of a training micro-batch, where
+    trainable is more than heads: LayerSkip's (arXiv 2404.16710), whose first layer is never left out. Nor is one that
+    an `mlp` exit reads.
+    """
+    exit_rotation: int = 1
+    """Each optimizer step trains every exit_rotation-th exit, the next step the next ones (LayerSkip's rotating
+    early-exit loss). 1: all of them.
+    """
     recompute_activations: bool = False
     """Whether the backward pass computes a layer's activations anew instead of keeping them: one more forward pass, and
     memory for the layers' inputs alone.

@@ -185,24 +185,30 @@ class EarlyExitModel(nn.Module):
         *,
         through: int | None = None,
         aux: dict[int, Tensor] | None = None,
+        dropped: frozenset[int] = frozenset(),
     ) -> tuple[Tensor, dict[int, ExitInput]]:  # [s, b, h], …
         """Runs this stage's layers up to layer `through` over whole sequences. Returns their output, and the exits'
         inputs.
 
         `documents` separates documents that share a row. `aux` holds the states of the layers `plan.brought`, for a
-        drafting head; those of this stage's own layers are added to it.
+        drafting head; those of this stage's own layers are added to it. The layers `dropped` are left out.
         """
         with torch.set_grad_enabled(self.trains_backbone and torch.is_grad_enabled()):
-            return self._run_layers(hidden, documents, through, {} if aux is None else aux)
+            return self._run_layers(hidden, documents, through, {} if aux is None else aux, dropped)
 
     def _run_layers(
-        self, hidden: Tensor, documents: PackedDocuments | None, through: int | None, aux: dict[int, Tensor]
+        self,
+        hidden: Tensor,
+        documents: PackedDocuments | None,
+        through: int | None,
+        aux: dict[int, Tensor],
+        dropped: frozenset[int],
     ) -> tuple[Tensor, dict[int, ExitInput]]:
         inputs: dict[int, ExitInput] = {}
         last = self.plan.last_layer if through is None else min(through, self.plan.last_layer)
         for number in range(self.plan.first_layer - 1, last + 1):
             if number >= self.plan.first_layer:
-                hidden = self._run_layer(number, hidden, documents, inputs)
+                hidden = self._run_layer(number, hidden, documents, inputs, is_dropped=number in dropped)
             if number in self.plan.aux_layers:
                 aux[number] = hidden
         if self.plan.drafts and last == self.plan.last_layer:
@@ -211,13 +217,21 @@ class EarlyExitModel(nn.Module):
         return hidden, inputs
 
     def _run_layer(
-        self, number: int, hidden: Tensor, documents: PackedDocuments | None, inputs: dict[int, ExitInput]
+        self,
+        number: int,
+        hidden: Tensor,
+        documents: PackedDocuments | None,
+        inputs: dict[int, ExitInput],
+        *,
+        is_dropped: bool,
     ) -> Tensor:
-        """A layer's output; `inputs` gets what its exit takes, where it has one that reads this layer alone."""
+        """A layer's output, or its input if it is dropped; `inputs` gets what its exit takes, where it has one that
+        reads this layer alone.
+        """
         if str(number) in self.exit_heads and self.exit_head(number).takes_mlp_input:
             hidden, inputs[number] = self._run_layer_with_mlp_exit(number, hidden, documents)
             return hidden
-        hidden = self._layer_output(number, hidden, documents)
+        hidden = hidden if is_dropped else self._layer_output(number, hidden, documents)
         if str(number) in self.exit_heads and self.exit_head(number).spec.draft is None:
             inputs[number] = ExitInput(hidden, documents=documents)
         return hidden

@@ -99,11 +99,12 @@ class BackboneTrainer:
         it receives; sends the gradient to the stage before.
         """
         self._num_tokens += output.microbatch.chunk.loss_mask.sum(dtype=torch.float64).item()
-        roots = [root for root in exits if root[0].requires_grad]
-        if loss is not None and loss.loss.requires_grad:
+        roots = list(exits)
+        if loss is not None:
             roots.append((loss.loss, torch.full_like(loss.loss, self._tuning.final_loss_weight)))
         if self._receives:
             roots.append((output.hidden, self.relay.receive()))
+        roots = [root for root in roots if root[0].requires_grad]  # with layer_dropout, any may have nothing behind it
         with hang_watchdog(self._topology, "the backward pass of a micro-batch (its tensor-parallel ranks take part)"):
             if roots:
                 torch.autograd.backward([x for x, _ in roots], [gradient for _, gradient in roots])

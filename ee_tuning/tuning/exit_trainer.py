@@ -18,6 +18,7 @@ from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.backbone_trainer import BackboneTrainer, Root
 from ee_tuning.tuning.drafting import Drafting, Targets
+from ee_tuning.tuning.layer_skip import active_exits
 from ee_tuning.tuning.loss import ExitLoss, linear_loss
 from ee_tuning.tuning.loss_metrics import Divisor, LossSums, training_figures, validation_figures
 from ee_tuning.tuning.metrics import MetricsGatherer
@@ -51,6 +52,7 @@ class ExitTrainer:
         self._teacher_channel, self._drafting = teacher_channel, Drafting.of(model, tuning)
         self._joined = JoinedChunks(model)
         self._trained = [each for each in exits if each.trains]
+        self._exit_layers = [spec.layer for spec in model.plan.exits]
         self._divisor: Divisor = "weights" if tuning.divide_by_token_weights else "tokens"
         self._skipped: Counter[int] = Counter()
         self._linear_loss = partial(
@@ -77,9 +79,8 @@ class ExitTrainer:
         tuning, sums, self.step = self._tuning, self._take_sums(), output.microbatch.step
         lr, ramp = learning_rate(self.step, tuning), loss_weight_ramp(self.step, tuning)
         with hang_watchdog(self._topology, f"the update of step {self.step} (all ranks of its stage take part)"):
-            updates = (
-                update_exits(self._trained, sums, self._divisor, lr, ramp, self._topology) if self._trained else {}
-            )
+            active = self._active(self.step)
+            updates = update_exits(active, sums, self._divisor, lr, ramp, self._topology) if active else {}
             if self._backbone is not None:
                 updates |= self._update_backbone(self._backbone, sums, lr)
         self._skipped.update(layer for layer, update in updates.items() if update.is_skipped)
@@ -133,7 +134,7 @@ class ExitTrainer:
         ramp = loss_weight_ramp(output.microbatch.step, self._tuning)
         for ready in self._parts(output):
             targets = self._targets(ready)
-            for each in self._trained:
+            for each in self._active(output.microbatch.step):
                 if each.layer not in ready.exit_inputs:
                     continue
                 each.begin_microbatch(output.microbatch.is_last)

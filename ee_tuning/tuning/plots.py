@@ -57,7 +57,8 @@ def write_plots(folder: Path, title: str) -> None:
 
 def _panel(ax: Any, records: list[MetricsRecord], kind: str, key: str) -> None:
     own = [record for record in records if record["kind"] == kind and record.get(key) is not None]
-    names = list(own[0][key]) if isinstance(own[0][key], dict) else [""]
+    is_dict = isinstance(own[0][key], dict)
+    names = list(dict.fromkeys(name for record in own for name in record[key])) if is_dict else [""]
     for name in names:
         points = [(record["step"], record[key].get(name) if name else record[key]) for record in own]
         known = [(step, value) for step, value in points if value is not None]

@@ -30,6 +30,7 @@ def check_settings(tuning: TuningSection) -> None:
         ("ttt_steps", 1),
         ("lora_rank", 1),
         ("half_steps", 0),
+        ("exit_rotation", 1),
         ("final_loss_weight", 0),
     ):
         value = getattr(tuning, name)
@@ -61,6 +62,13 @@ def check_settings(tuning: TuningSection) -> None:
 def _check_trainable(tuning: TuningSection) -> None:
     trained = tuning.trained
     final_objective(tuning)
+    if not 0 <= tuning.layer_dropout <= 1:
+        raise InputError(f"tuning.layer_dropout must lie in 0..1, got {tuning.layer_dropout:g}")
+    if tuning.layer_dropout and not trained.has_backbone:
+        raise InputError(
+            f"tuning.layer_dropout = {tuning.layer_dropout:g} is for layers that are trained, and tuning.trainable is "
+            "heads; leave it out, or train lora, mlp, last:K, half or backbone"
+        )
     if not trained.has_backbone and (tuning.teacher_model or tuning.final_loss):
         raise InputError(
             f"tuning.{'teacher_model' if tuning.teacher_model else 'final_loss'} is for the final head, which "
@@ -120,6 +128,11 @@ def loss_weights(tuning: TuningSection, exit_layers: tuple[int, ...]) -> dict[in
     Raises InputError where they do not fit the exits.
     """
     _check_loss_weights(tuning.loss_weights, exit_layers, may_be_zero=tuning.trained.has_backbone)
+    if tuning.exit_rotation > max(len(exit_layers), 1):
+        raise InputError(
+            f"tuning.exit_rotation must be at most the number of exits, {len(exit_layers)}, got {tuning.exit_rotation}: "
+            "some steps would train none"
+        )
     if not exit_layers:
         return {}
     deepest = max(exit_layers)

@@ -3,6 +3,7 @@
 No stage waits for a later one: hidden states leave before the first loss is computed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -53,8 +54,10 @@ class StageForward:
         topology: Topology,
         teacher_channel: TeacherChannel | None = None,
         teacher_model: TeacherModel | None = None,
+        dropped: Callable[[Microbatch], frozenset[int]] = lambda microbatch: frozenset(),
     ) -> None:
-        self._teacher_model = teacher_model
+        """`dropped` returns the layers that a micro-batch leaves out."""
+        self._teacher_model, self._dropped = teacher_model, dropped
         self._model, self._relay, self._topology, self._teacher_channel = model, relay, topology, teacher_channel
         self._cache = KeyValueCache()
 
@@ -68,7 +71,9 @@ class StageForward:
         what = f"the layers of a micro-batch of step {microbatch.step} (its tensor-parallel ranks take part)"
         with hang_watchdog(self._topology, what):
             with torch.set_grad_enabled(microbatch.is_training):
-                hidden, exit_inputs = self._model.run_layers(entering.hidden, documents, aux=entering.aux)
+                hidden, exit_inputs = self._model.run_layers(
+                    entering.hidden, documents, aux=entering.aux, dropped=self._dropped(microbatch)
+                )
             taught = None
             if self._teacher_model is not None and entering.teacher_hidden is not None:
                 taught = self._teacher_model.forward(entering.teacher_hidden, documents)

@@ -27,6 +27,7 @@ from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.backbone_trainer import BackboneTrainer
 from ee_tuning.tuning.exit_trainer import ExitTrainer
+from ee_tuning.tuning.layer_skip import dropped_layers
 from ee_tuning.tuning.log_sinks import open_log_sinks
 from ee_tuning.tuning.metrics import MetricsGatherer
 from ee_tuning.tuning.microbatch_schedule import Microbatch, MicrobatchSchedule
@@ -113,7 +114,9 @@ class Tuner:
         if self.step >= self.tuning.train_iters:
             return True
         relay, teacher_channel = self._relay(), self.teacher_channel
-        stage_forward = StageForward(self._model, relay, self.topology, teacher_channel, self._teacher_model)
+        stage_forward = StageForward(
+            self._model, relay, self.topology, teacher_channel, self._teacher_model, self._dropped
+        )
         schedule = MicrobatchSchedule(self._source, self._validation, self.tuning)
         # The validation before the first step, or one that a stop left out.
         validates_first = schedule.validates_after(self.step) and self._trainer.validated_step != self.step
@@ -258,6 +261,10 @@ class Tuner:
             # Not kept in a variable: it would stay alive beside the next micro-batch's output.
             self._trainer.process(queue.popleft(), metrics, throughput)
             yield done, next_action
+
+    def _dropped(self, microbatch: Microbatch) -> frozenset[int]:
+        num_layers, exits = self._model.config.num_layers, self._model.plan.exits
+        return dropped_layers(self.tuning, num_layers, exits, self.topology.dp_rank, microbatch)
 
     def _num_ahead(self, microbatch: Microbatch) -> int:
         if self.backbone is not None:

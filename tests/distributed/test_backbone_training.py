@@ -20,6 +20,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "last": {"trainable": "last:2", "loss_weights": (1.0, 0.5), "final_loss_weight": 0.0},
     "mlp with a teacher": {"trainable": "mlp", "loss": ("cross_entropy=0.3", "forward_kl=0.7")},
     "half": {"trainable": "half", "half_steps": 2},
+    "layer skip": {"trainable": "backbone", "layer_dropout": 0.9, "exit_rotation": 2, "global_batch_size": 3},
     "recomputed": {"trainable": "backbone", "recompute_activations": True, "loss_weights": (0.0, 1.0)},
 }
 
@@ -49,6 +50,7 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Co
         ("last", 1, 4, False),
         ("mlp with a teacher", 1, 2, False),
         ("half", 2, 2, True),
+        ("layer skip", 1, 4, False),
         ("recomputed", 2, 2, False),
     ],
 )
@@ -82,7 +84,9 @@ def test_the_final_heads_loss_falls_and_is_in_every_record(alone: dict[str, Conf
 def test_a_stopped_run_goes_on_to_the_same_bits(world: World, model: Path, tmp_path: Path, trainable: str) -> None:
     """Weights of the model, moments or counts lost in a checkpoint; a step whose gradients are cut in half."""
     whole, parts = (
-        configure(model, tmp_path / name, tp=2, pp=2, dtype="float32", trainable=trainable, half_steps=1)
+        configure(
+            model, tmp_path / name, tp=2, pp=2, dtype="float32", trainable=trainable, half_steps=1, layer_dropout=0.3
+        )
         for name in ("whole", "parts")
     )
     assert world.run(tune, whole) == [True] * 4
