@@ -21,6 +21,7 @@ from ee_tuning.evaluation.layer_stream import SAMPLE_LENGTH, LayerStream, angula
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard, log_probabilities_of
+from ee_tuning.progress import ProgressLines
 from ee_tuning.pruning.choice import Layers
 
 # b samples · s tokens of a sample · h hidden · v/tp this rank's rows of the vocabulary · n labels · l layers
@@ -134,20 +135,50 @@ def measure_losses(stream: LayerStream, text: HeldOutText, variants: Sequence[La
     # What a layer takes and what it makes are there at a time.
     state_bytes = 2 * own.tokens.numel() * stream.model.hidden_size * stream.dtype.itemsize
     step = topology.broadcast_object(max(1, STATE_BYTES // state_bytes))  # replicas may have a sample more or less
-    sums = torch.cat([_loss_sums(stream, own, wanted[first : first + step]) for first in range(0, len(wanted), step)])
+    passes = [wanted[first : first + step] for first in range(0, len(wanted), step)]
+    progress = _Progress(sum(_num_runs(each, stream.model.num_layers) for each in passes), topology)
+    sums = torch.cat([_loss_sums(stream, own, each, progress) for each in passes])
     dist.all_reduce(sums, group=topology.dp_group)
     return dict(zip(wanted, (sums / text.num_labels).tolist(), strict=True))
 
 
+class _Progress:
+    """Lines about the measurement, by the first process."""
+
+    def __init__(self, num_runs: int, topology: Topology):
+        self._lines, self._done, self._total = ProgressLines(), 0, num_runs
+        self._is_shown = topology.is_logging_rank
+
+    def advance(self) -> None:
+        """Counts a layer that was run."""
+        self._done += 1
+        if self._is_shown:
+            share = self._done / self._total
+            self._lines.show(f"measuring what layers are missed: {share:.0%}", self._done, self._total)
+
+
+def _num_runs(variants: Sequence[Layers], num_layers: int) -> int:
+    """Returns how many times a layer is run for `variants`."""
+    return sum(
+        len({_through(variant, number) for variant in variants if number not in variant})
+        for number in range(1, num_layers + 1)
+    )
+
+
 @torch.no_grad()
-def _loss_sums(stream: LayerStream, text: HeldOutText, variants: Sequence[Layers]) -> Tensor:  # [variants] float64
+def _loss_sums(
+    stream: LayerStream, text: HeldOutText, variants: Sequence[Layers], progress: _Progress
+) -> Tensor:  # [variants] float64
     states: dict[Layers, Tensor] = {(): stream.embedded(text.tokens)}  # by what was left out so far
     for number in range(1, stream.model.num_layers + 1):
         run, reached = stream.layer(number), dict[Layers, Tensor]()
         for variant in variants:
             before, after = _through(variant, number - 1), _through(variant, number)
-            if after not in reached:
-                reached[after] = states[before] if number in variant else run(states[before])
+            if number in variant:
+                reached[after] = states[before]
+            elif after not in reached:
+                reached[after] = run(states[before])
+                progress.advance()
         states = reached
     head = stream.final_head()
     return torch.stack([_loss_sum(stream, head, states[variant], text) for variant in variants])

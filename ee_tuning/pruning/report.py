@@ -7,6 +7,7 @@ from typing import Any
 
 from ee_tuning.checkpoint.model_card import front_matter
 from ee_tuning.pruning.choice import Layers, Measure, in_words
+from ee_tuning.text_table import table_lines
 
 MEASURE_WORDS: dict[Measure, str] = {
     "angular": "the block whose input and output are nearest by angle (arXiv 2403.17887)",
@@ -49,19 +50,20 @@ class PruningReport:
 
     def lines(self) -> list[str]:
         """Returns the table and what it comes to."""
-        by_rule = f"by {self.measure}" if self.measure != "deepest" else "deepest but the last"
-        with_rule = self.measure != "deepest"
-        width = max(len(in_words(row.layers)) for row in [*self.rows, self.chosen]) if self.rows else 0
-        width = max(width, len(by_rule))
-        head = f"dropped  {by_rule:>{width}}  {'loss':>8}  {'perplexity':>10}"
-        if with_rule:
-            head += f"  {'deepest but the last':>20}  {'loss':>8}"
-        lines = [head, f"{0:7}  {'':>{width}}  {_figures(self.full_loss)}"]
+        is_simple = self.measure == "deepest"
+        head = ["dropped", "deepest but the last" if is_simple else f"by {self.measure}", "loss", "perplexity"]
+        table = [["0", "", *_figures(self.full_loss), "", f"{self.full_loss:.4f}"]]
         for count, (row, other) in enumerate(zip(self.rows, self.deepest, strict=True), 1):
-            line = f"{count:7}  {in_words(row.layers):>{width}}  {_figures(row.loss)}"
-            if with_rule:
-                line += f"  {in_words(other.layers):>20}  {other.loss:8.4f}"
-            lines.append(line + "  <" * (row.layers == self.chosen.layers))
+            simple = [in_words(other.layers), f"{other.loss:.4f}"]
+            table.append([str(count), in_words(row.layers), *_figures(row.loss), *simple])
+        if is_simple:
+            lines = table_lines(head, [row[:4] for row in table])
+        else:
+            lines = table_lines([*head, "deepest but the last", "loss"], table)
+        lines = [
+            line + "  <" * (place > 1 and self.rows[place - 2].layers == self.chosen.layers)
+            for place, line in enumerate(lines)
+        ]
         return [*lines, *self._summary()]
 
     def _summary(self) -> list[str]:
@@ -91,8 +93,8 @@ class PruningReport:
         }
 
 
-def _figures(loss: float) -> str:
-    return f"{loss:8.4f}  {_perplexity(loss):>10}"
+def _figures(loss: float) -> list[str]:
+    return [f"{loss:.4f}", _perplexity(loss)]
 
 
 def _perplexity(loss: float) -> str:

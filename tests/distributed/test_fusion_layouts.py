@@ -12,10 +12,9 @@ from ee_tuning.engine.exit_fusion import ExitFusion
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.parallel.topology import init_parallel
 
-PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64]]
+PROMPTS = [[41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64]]
 FUSIONS = (
     ExitFusion(contrast_layers=(2, 4)),
-    ExitFusion(contrast_layers=(4,)),
     ExitFusion(fuse_layer=2, fuse_weight=0.6),
 )
 WAYS = ({"policy": "full"}, {"threshold": 0.4}, {"policy": "speculative"})
@@ -32,9 +31,9 @@ def tokens_at(model: str, exits: str, tp: int, pp: int) -> list[list[int]]:
         engine.proposer.speculation = FixedDrafts(engine, {2: 0.1, 4: 0.5})
         policy = policy_for(loaded.model, **way)
         sequences = [
-            engine.add_request(
-                prompt, SamplingParams(max_tokens=12, fusion=fusion, temperature=warmth, seed=1), policy
-            )[0]
+            engine.add_request(prompt, SamplingParams(max_tokens=8, fusion=fusion, temperature=warmth, seed=1), policy)[
+                0
+            ]
             for fusion in FUSIONS
             for warmth in (0.0, 0.8)
             for prompt in PROMPTS

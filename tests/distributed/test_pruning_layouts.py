@@ -50,7 +50,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("tp", "pp", "measure"), [(2, 2, "angular"), (1, 4, "perplexity"), (2, 1, "block-influence")])
+@pytest.mark.parametrize(("tp", "pp", "measure"), [(2, 2, "angular"), (1, 4, "perplexity")])
 def test_layouts_prune_the_same(world, subject, tmp_path, tp, pp, measure):
     """A sample counted twice or by nobody; logits of one shard; a file that two processes write. The card has the
     losses, so that equal sums mean equal losses.
