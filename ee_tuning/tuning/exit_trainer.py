@@ -183,6 +183,11 @@ class ExitTrainer:
                 teacher=None if output.teacher is None else output.teacher.with_tokens(by_token),
             )
 
+    def _active(self, step: int) -> list[ExitOptimizer]:
+        """Returns the trained exits of this stage that an optimizer step updates."""
+        active = active_exits(step, self._exit_layers, self._tuning.exit_rotation)
+        return [each for each in self._trained if each.layer in active]
+
     @part("exit heads")
     def _loss(self, exit: ExitOptimizer, inputs: ExitInput, targets: Targets) -> ExitLoss:
         drafting = self._drafting
