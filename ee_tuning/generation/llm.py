@@ -18,6 +18,7 @@ from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.config import Config, GenerationSection, load_config
 from ee_tuning.data.tokenizer import beginning_ids, begun, load_tokenizer, tokenizer_of
 from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.exit_fusion import ExitFusion
 from ee_tuning.engine.grammar import Grammars
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.policy import Policy, policy_of
@@ -158,6 +159,10 @@ class EarlyExitLLM:
         """
         given = options.pop("policy") if isinstance(options.get("policy"), Policy) else None
         resolved = checked_options(self.defaults, options)
+        if ExitFusion.of(resolved).layers:
+            raise InputError(
+                "score reads given texts by one head each, and contrast_layers and fuse_layer ask for two; leave them out"
+            )
         if self.engine is not None and not self.engine.is_idle:
             raise InputError(
                 "score must wait until all completions of a stream are there; read it to its end, or close it"

@@ -13,6 +13,7 @@ from served import MODEL, Served, config_of, served
 
 from ee_tuning import SamplingParams
 from ee_tuning.engine.exit_fusion import ExitFusion
+from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
 
 pytest.importorskip("fastapi", reason="pip install 'ee_tuning[serve]'")
@@ -104,7 +105,11 @@ def _of_stream(chunks: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("way", FUSED)
 def test_both_heads_are_heard(server, client, way):
-    """A parameter that is read and lost, or that changes the requests after it."""
+    """A parameter that is read and lost, or that changes the requests after it; scores of one head under the name of
+    two.
+    """
+    with pytest.raises(InputError, match="by one head each"):
+        server.reference.score([("a", "b")], policy="full", **FUSED[way])
     prompt = {"model": "tiny-python-llama", "prompt": "def main(", "max_tokens": 16, "temperature": 0.0}
     said = [
         client.completions.create(**prompt, extra_body={"policy": "full", **extra}).choices[0].text
