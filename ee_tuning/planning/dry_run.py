@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ee_tuning.artifact.exit_config import ExitHeadsConfig
 from ee_tuning.artifact.load import Sources, build_stage
 from ee_tuning.artifact.shapes import as_tuned, shape_sources
 from ee_tuning.artifact.stage_plans import plan_tuning
@@ -122,8 +123,10 @@ def profile_ranks(config: Config, world_size: int) -> list[RankProfile]:
             "backward pass through the layers"
         )
     check_world_size(config.parallel, world_size)
-    config = _shortened(as_tuned(config), world_size)
+    config = as_tuned(config)
     parallel, sources = config.parallel, shape_sources(config)
+    assert sources.exits is not None
+    config = _shortened(config, sources.exits, world_size)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     sources.config.check_layout(tp, pp)
     check_data_settings(
@@ -132,7 +135,6 @@ def profile_ranks(config: Config, world_size: int) -> list[RankProfile]:
     per_stage = world_size // pp
     kinds: dict[Any, list[int]] = {}
     with fake_world(parallel, world_size, 0) as topology:
-        assert sources.exits is not None
         plans = plan_tuning(config, sources.config, sources.exits, topology)
     for stage, plan in enumerate(plans):
         kinds.setdefault(_kind(plan, stage, pp), []).append(stage)
@@ -146,15 +148,18 @@ def profile_ranks(config: Config, world_size: int) -> list[RankProfile]:
     return profiles
 
 
-def _shortened(config: Config, world_size: int) -> Config:
+def _shortened(config: Config, exits: ExitHeadsConfig, world_size: int) -> Config:
     """Returns the job with at most two micro-batches per step and one per validation, since further ones cost the same.
 
-    With a teacher, it keeps enough for the queue of waiting micro-batches to reach its full length.
+    With a teacher, it keeps enough for the queue of waiting micro-batches to reach its full length. A chunk counts as a
+    micro-batch, unless a head takes whole sequences.
     """
     tuning, parallel = config.tuning, config.parallel
     dp = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     count = count_microbatches(tuning, dp)
     count = parallel.pipeline_model_parallel_size + 1 if tuning.teacher_plan(ties_output=False) else min(count, 2)
+    if not any(spec.architecture in ("layer", "eagle3") for spec in exits.heads):
+        count = -(-count // max(1, tuning.seq_length // tuning.pass_length))
     return replace(
         config,
         model={"dtype": config.model.dtype or "bfloat16"},

@@ -18,6 +18,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.sequence_chunk import KeyValueCache, SequenceChunk
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning.fitting import fit_exits
+from ee_tuning.tuning.settings import check_settings
 from ee_tuning.tuning.tuner import Tuner
 
 pytestmark = pytest.mark.slow
@@ -168,3 +169,12 @@ def test_long_sequences_are_cut_without_being_asked(length: int, asked: int, tp:
     keys = {"tuning.seq_length": length, "tuning.forward_chunk_length": asked}
     config = load_config(None, {"model.path": "x", "parallel.tensor_model_parallel_size": tp, **keys})
     assert with_seq_length(config).tuning.forward_chunk_length == taken
+
+
+def test_a_model_that_is_trained_takes_whole_sequences() -> None:
+    """Chunks whose keys and values have no gradient, under layers that are trained."""
+    keys = {"model.path": "x", "tuning.seq_length": 32768, "tuning.trainable": "lora"}
+    assert with_seq_length(load_config(None, keys)).tuning.forward_chunk_length == 0
+    asked = load_config(None, {**keys, "tuning.forward_chunk_length": 4096})
+    with pytest.raises(InputError, match="4096 is for frozen layers"):
+        check_settings(asked.tuning)
