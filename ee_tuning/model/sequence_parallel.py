@@ -7,11 +7,14 @@ of them.
 # s sequence · tp tensor-parallel ranks
 import warnings
 
-from megatron.core.tensor_parallel.mappings import (
-    gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from torch import Tensor
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # fused libraries are not installed
+    from megatron.core.tensor_parallel.mappings import (
+        gather_from_sequence_parallel_region,
+        reduce_scatter_to_sequence_parallel_region,
+    )
 
 from ee_tuning.parallel.topology import Group, Topology
 
