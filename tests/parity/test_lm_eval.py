@@ -143,7 +143,7 @@ def test_thresholds_are_told_with_the_results(llm, folder):
 
 def test_what_one_pass_tells_is_kept_for_the_next_policy(llm, folder, monkeypatch):
     """A grid of ten thresholds at ten times the cost; scores of one policy under another's name."""
-    from ee_tuning.evaluation import driver as module
+    from ee_tuning.public_benchmarks import driver as module
 
     policies = [FULL, Policy(thresholds={2: 0.3, 4: 0.3}), Policy(fixed_exit=2)]
     apart = [ours(llm, folder, policy, names=("ours_choice", "ours_rolling")) for policy in policies]
