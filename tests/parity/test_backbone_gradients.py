@@ -58,7 +58,8 @@ def gradients(config: Config) -> tuple[dict[str, Tensor], BackboneTrainer]:
     exits = [ExitOptimizer(model.exit_head(layer), WEIGHTS[layer], config.tuning, topology) for layer in (2, 4)]
     trainer = ExitTrainer(exits, model, config.tuning, topology, None, backbone)
     batch = Batch(tokens=torch.tensor([TOKENS]), labels=LABELS[:, None], loss_mask=torch.ones(len(TOKENS), 1))
-    microbatch = Microbatch(batch=batch, is_training=True, step=1, is_last=True, position=1, ends_step=True)
+    chunk = batch.chunks()[0]
+    microbatch = Microbatch(chunk=chunk, is_training=True, step=1, is_last=True, position=1, ends_step=True)
     trainer.train(StageForward(model, Any, topology).forward(microbatch, NextAction.END))
     found = {}
     for name, gradient in backbone.optimizer._gradients.items():
