@@ -21,7 +21,7 @@ help:
 	@echo "make test-engines exits as drafts in the real vLLM, on the CPU: 3 GB to install, a quarter of an hour; docs/engines.md"
 	@echo "make test-browser the server's page in a real Chromium, by Playwright; pictures of it in build/page"
 	@echo "make test-slurm  the examples' scripts on a Slurm of two nodes, which it starts on this machine; as root, on Debian"
-	@echo "make test-nodes  torchrun over two nodes in network namespaces, with cut cables; as root"
+	@echo "make test-nodes  torchrun over two nodes in network namespaces, with cut and slow cables; as root"
 	@echo "make test-versions the fast tests under other versions of torch, transformers and Megatron-core: gigabytes, hours; docs/versions.md"
 	@echo "make image-test  builds the Dockerfile without Docker and tries the image without a network; as root, on Debian, 5 GB"
 	@echo "make stress      thousands of damaged files, two hundred kill -9, thousands of mixtures and calibrations, a server under load, over an hour; docs/stress.md"
@@ -89,7 +89,7 @@ test-slurm: $(INSTALLED_DEV)
 	EE_TUNING_CLUSTER=1 $(BIN)/python -m pytest tests/cluster/test_slurm.py
 
 test-nodes: $(INSTALLED_DEV)
-	EE_TUNING_CLUSTER=1 $(BIN)/python -m pytest tests/cluster/test_two_nodes.py
+	EE_TUNING_CLUSTER=1 $(BIN)/python -m pytest tests/cluster/test_two_nodes.py tests/cluster/test_latency.py
 
 test-versions:
 	$(PYTHON) tools/try_versions.py

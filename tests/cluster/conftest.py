@@ -12,6 +12,7 @@ if "EE_TUNING_CLUSTER" not in os.environ:
     collect_ignore = [
         "test_slurm.py",
         "test_two_nodes.py",
+        "test_latency.py",
     ]  # minutes, and root: `make test-slurm` and `make test-nodes`
 
 

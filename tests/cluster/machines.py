@@ -8,11 +8,13 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 NETWORK = "10.77.0"
+SLOW_LINK = Path(__file__).with_name("slow_link.py")
 PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "hostname", "mount")
 
 _FIRST_PROCESS = f"""
@@ -151,6 +153,45 @@ class Machines:
         """Plugs the machine's cable in, or pulls it."""
         done = self.run(["ip", "link", "set", f"to-{machine}", "up" if is_up else "down"])
         assert done.returncode == 0, done.stderr
+
+    @contextlib.contextmanager
+    def slow_link(self, machine: str, seconds: float) -> Iterator[None]:
+        """Holds every frame between the machine and all others for `seconds`, in each direction."""
+        command = [sys.executable, str(SLOW_LINK), f"slow-{machine}", f"near-{machine}", str(seconds)]
+        process = subprocess.Popen(self.words(command), stdout=subprocess.PIPE, text=True)
+        self._processes.append(process)
+        assert process.stdout is not None
+        said, _, number = process.stdout.readline().partition(" ")
+        if said != "ready":
+            raise RuntimeError("no frames can be held here; see what slow_link.py says above")
+        address = f"{self.addresses[machine]}/24"
+        self._ip("link", "set", f"near-{machine}", "master", "bridge", "up")
+        self._ip("-n", machine, "link", "set", "eth0", "down", "name", "fast0")
+        self._ip("-n", machine, "address", "del", address, "dev", "fast0")
+        self._ip("link", "set", f"slow-{machine}", "netns", machine, "name", "eth0")
+        try:
+            self._plug_in(machine, "eth0")
+            yield
+        finally:
+            self.signal("KILL", [int(number)])  # its devices go with it
+            process.wait(10)
+            wait_until("the slow cable is gone", lambda: self._has_no_cable(machine), 10)
+            self._ip("-n", machine, "link", "set", "fast0", "name", "eth0")
+            self._plug_in(machine, "eth0")
+
+    def _plug_in(self, machine: str, device: str) -> None:
+        self._ip("-n", machine, "address", "add", f"{self.addresses[machine]}/24", "dev", device)
+        self._ip("-n", machine, "link", "set", device, "up")
+        for name in self.names:  # who remembers the other device
+            self._ip("-n", name, "neighbour", "flush", "all")
+        self._ip("neighbour", "flush", "all")
+
+    def _has_no_cable(self, machine: str) -> bool:
+        return self.run(["ip", "-n", machine, "link", "show", "eth0"]).returncode != 0
+
+    def _ip(self, *words: str) -> None:
+        done = self.run(["ip", *words])
+        assert done.returncode == 0, (words, done.stderr)
 
 
 def wait_until(claim: str, is_so: Callable[[], bool], seconds: float, pause: float = 0.2) -> None:
