@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/*/job.yaml"))
 BODY = ROOT / "examples" / "run_under_slurm.sh"
+MLP = {"exit_layers": (32,), "architecture": ("mlp",), "output": "untied"}
 
 SLURM = {
     "srun": """while [[ $1 == --* ]]; do echo "$1" >> "$TOLD/srun"; shift; done
@@ -37,14 +39,16 @@ def job(folder: Path) -> Config:
     return load_config(folder / "job.yaml", {"model.path": str(folder)})
 
 
-def plan_of(
-    folder: Path, nodes: int, gpus_per_node: int = 8, name: str = "h100", config: Config | None = None
-) -> TuningPlan:
+def plan_of(config: Config, nodes: int, gpus_per_node: int = 8, name: str = "h100") -> TuningPlan:
     if dist.is_initialized():  # of another test
         destroy_parallel()
-    return make_plan(
-        config or job(folder), Cluster(gpu=gpu(name), nodes=nodes, gpus_per_node=gpus_per_node, efficiency=0.5)
-    )
+    return make_plan(config, Cluster(gpu=gpu(name), nodes=nodes, gpus_per_node=gpus_per_node, efficiency=0.5))
+
+
+@cache
+def plan_of_example(folder: Path) -> TuningPlan:
+    """The example's plan on the nodes that its script asks for."""
+    return plan_of(job(folder), number(r"^#SBATCH --nodes=(\d+)$", (folder / "slurm.sh").read_text()))
 
 
 def number(pattern: str, script: str) -> int:
@@ -120,21 +124,20 @@ def test_a_job_comes_again_where_its_run_says_so(tmp_path: Path, last: int, come
 @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda path: path.name)
 def test_examples_run_dry_and_fit(folder: Path) -> None:
     """An example that breaks by shape, or ends out of memory, is found on a cluster after a day in its queue."""
-    plan = plan_of(folder, number(r"^#SBATCH --nodes=(\d+)$", (folder / "slurm.sh").read_text()))
+    plan = plan_of_example(folder)
     assert plan.fits and plan.tokens == 40000 * 16 * 2048
     assert max(each.idle_share for each in plan.stages) < 0.15, "layers are split so that no stage waits long"
 
 
-@pytest.mark.parametrize("weights", ["int8", "nf4"])
 @pytest.mark.parametrize(
-    "exits", [{}, {"exit_layers": (32,), "architecture": ("mlp",), "output": "untied"}], ids=["adapters", "mlp"]
+    ("exits", "weights"), [({}, "int8"), (MLP, "int8"), (MLP, "nf4")], ids=["adapters-int8", "mlp-int8", "mlp-nf4"]
 )
 def test_7b_fits_a_card_of_24_gb(exits: dict[str, Any], weights: str) -> None:
     """Weights counted in 16 bits, or heads that are not counted: the card's owner has no second one."""
     config = load_config(ROOT / "examples/llama-2-7b/card-24gb.yaml", {"model.path": str(ROOT / "examples/llama-2-7b")})
     assert config.tuning.backbone_weights == "int8" and len(config.exits.layers(32)) == 8
     config = replace(config, exits=exits, tuning={"backbone_weights": weights})
-    plan = plan_of(ROOT / "examples/llama-2-7b", 1, 1, "rtx4090", config)
+    plan = plan_of(config, 1, 1, "rtx4090")
     (stage,) = plan.stages
     matrices = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
     held = {"int8": 1 + 4 / 4096 * 0.8, "nf4": 0.5 + 4 / 64}[
@@ -147,7 +150,7 @@ def test_7b_fits_a_card_of_24_gb(exits: dict[str, Any], weights: str) -> None:
 
 def test_70b_with_eight_exits_fits_a_node_of_eight_gpus_of_80_gb() -> None:
     """What the design promises: about 17 GB of weights and 17 GB of head state per GPU."""
-    (stage,) = plan_of(ROOT / "examples/llama-2-70b", 1).stages
+    (stage,) = plan_of_example(ROOT / "examples/llama-2-70b").stages
     state = sum(stage.memory[kind] for kind in ("optimizer", "heads", "gradients"))
     assert stage.memory["weights"] / 1e9 == pytest.approx(17.2, abs=0.1) and state / 1e9 == pytest.approx(17.4, abs=0.1)
     assert stage.fits and stage.total_bytes < 45e9
