@@ -145,9 +145,9 @@ def as_the_cpu(bench: Bench, graphs: str) -> Iterator[Finding]:
         yield at_least(f"tokens as the CPU's, graphs {graphs}, {name}", _same(found[name], tokens), 0.95, is_must=True)
 
 
-def losses(folder: str, num_steps: int, seq_length: int) -> list[dict[str, float]]:
+def losses(folder: str, num_steps: int, seq_length: int, fit_tokens: int) -> list[dict[str, float]]:
     """By step, of each exit: a tuning run of the shipped model in float32, on the device that this process sees."""
-    config = tuning_job(folder, num_steps, seq_length)
+    config = tuning_job(folder, num_steps, seq_length, **{"tuning.fit_tokens": fit_tokens})
     tune_within(config, init_parallel(config.parallel))
     return train_losses(Path(folder))
 
@@ -162,7 +162,7 @@ def train_losses(run_folder: Path) -> list[dict[str, float]]:
 
 def tunes_as_the_cpu(bench: Bench) -> Iterator[Finding]:
     """Twenty steps whose losses are the CPU's."""
-    sizes = (2, 32) if bench.is_tiny else (20, 256)
+    sizes = (2, 32, 1000) if bench.is_tiny else (20, 256, 0)
     asked = bench.without_gpu(losses, str(bench.folder()), *sizes)
     found = losses(str(bench.folder()), *sizes)
     wanted = asked.result()
