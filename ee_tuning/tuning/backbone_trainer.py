@@ -80,7 +80,8 @@ class BackboneTrainer:
             return None
         model, cuts_sequence = self._model, self._model.plan.cuts_sequence
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._tuning.final_loss_weight > 0):
-            hidden = model.backbone.final_norm(output.hidden)
+            assert output.ends is not None
+            hidden = model.backbone.final_norm(output.ends.leaving)
             return linear_loss(
                 gather_sequence(hidden, self._topology.tp_group) if cuts_sequence else hidden,
                 model.backbone.output_layer.weight,
@@ -98,19 +99,20 @@ class BackboneTrainer:
         """Runs the layers backward from the final head's `loss`, the `exits`' gradients, and the next stage's, which
         it receives; sends the gradient to the stage before.
         """
+        assert output.ends is not None
         self._num_tokens += output.microbatch.chunk.loss_mask.sum(dtype=torch.float64).item()
         roots = list(exits)
         if loss is not None:
             roots.append((loss.loss, torch.full_like(loss.loss, self._tuning.final_loss_weight)))
         if self._receives:
-            roots.append((output.hidden, self.relay.receive()))
+            roots.append((output.ends.leaving, self.relay.receive()))
         roots = [root for root in roots if root[0].requires_grad]  # with layer_dropout, any may have nothing behind it
         with hang_watchdog(self._topology, "the backward pass of a micro-batch (its tensor-parallel ranks take part)"):
             if roots:
                 torch.autograd.backward([x for x, _ in roots], [gradient for _, gradient in roots])
         if self._sends:
-            gradient = output.entering.grad
-            self.relay.send(torch.zeros_like(output.entering) if gradient is None else gradient)
+            entering = output.ends.entering
+            self.relay.send(torch.zeros_like(entering) if entering.grad is None else entering.grad)
 
     @part("optimizer")
     def update(self, lr: float) -> tuple[float, bool]:

@@ -26,6 +26,15 @@ from ee_tuning.tuning.teacher_channel import TeacherChannel
 from ee_tuning.tuning.teacher_model import TeacherModel
 
 
+class LayerEnds(NamedTuple):
+    """What entered this stage's layers and what left them, where the model is trained."""
+
+    entering: Tensor
+    """[s, b, h]: a leaf of the graph through the layers where the stage before needs its gradient."""
+    leaving: Tensor
+    """[s, b, h], with that graph behind it in training."""
+
+
 @dataclass(frozen=True)
 class StageOutput:
     """The results of a micro-batch's forward pass on this stage."""
@@ -36,10 +45,8 @@ class StageOutput:
     """Input of each exit, by layer."""
     teacher: Lesson | None
     """The teacher, where it is already known: on the last stage."""
-    hidden: Tensor
-    """[s, b, h]: the last layer's output, with a graph behind it where the backbone is trained."""
-    entering: Tensor
-    """[s, b, h]: what entered the first layer, a leaf of that graph where the stage before needs its gradient."""
+    ends: LayerEnds | None = None
+    """None where the model is frozen: a micro-batch that waits for its teacher would keep both alive."""
     final_teacher: Teacher | None = None
     """The teacher of the final head, on the last stage, where tuning.teacher_model is given."""
 
@@ -77,7 +84,8 @@ class StageForward:
             taught = None
             if self._teacher_model is not None and entering.teacher_hidden is not None:
                 taught = self._teacher_model.forward(entering.teacher_hidden, documents)
-        output = StageOutput(microbatch, next_action, exit_inputs, None, hidden, entering.hidden)
+        ends = LayerEnds(entering.hidden, hidden) if self._model.trains_backbone else None
+        output = StageOutput(microbatch, next_action, exit_inputs, None, ends)
         if self._topology.is_last_stage:
             return replace(
                 output,
