@@ -32,7 +32,7 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Co
 
     class Runs(dict[str, Config]):
         def __missing__(self, way: str) -> Config:
-            config = configure(model, tmp_path_factory.mktemp("alone") / "run", save_interval=1, **WAYS[way])
+            config = configure(model, tmp_path_factory.mktemp("alone") / "run", **{"global_batch_size": 4, **WAYS[way]})
             assert tune(config)
             self[way] = config
             return config
@@ -45,8 +45,7 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Co
     [
         ("backbone", 2, 2, True),
         ("backbone", 1, 1, False),
-        ("lora", 2, 2, False),
-        ("lora", 2, 1, True),
+        ("lora", 2, 2, True),
         ("last", 1, 4, False),
         ("mlp with a teacher", 1, 2, False),
         ("half", 2, 2, True),
@@ -60,15 +59,14 @@ def test_every_layout_takes_the_steps_of_one_process(
     """A gradient that is left behind between stages, of another micro-batch, averaged, or summed twice over shards or
     replicas; a norm of one stage alone.
     """
-    config = configure(model, tmp_path / "run", tp=tp, pp=pp, save_interval=1, **WAYS[way])
+    config = configure(model, tmp_path / "run", tp=tp, pp=pp, **{"global_batch_size": 4, **WAYS[way]})
     config = job.replace(config, parallel={"sequence_parallel": cuts})
     assert world.run(tune, config) == [True] * 4
     assert_same_records(records(config), records(alone[way]))
-    for step, tolerance in ((1, 1e-9), (NUM_STEPS, 1e-6)):
-        got, wanted = checkpoint(config, step), checkpoint(alone[way], step)
-        assert got.keys() == wanted.keys() and got["backbone.num_updates"].item() == step
-        for name in wanted:
-            torch.testing.assert_close(got[name], wanted[name], rtol=tolerance, atol=tolerance / 100, msg=name)
+    got, wanted = checkpoint(config, NUM_STEPS), checkpoint(alone[way], NUM_STEPS)
+    assert got.keys() == wanted.keys() and got["backbone.num_updates"].item() == NUM_STEPS
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-6, atol=1e-8, msg=name)
 
 
 def test_the_final_heads_loss_falls_and_is_in_every_record(alone: dict[str, Config]) -> None:
@@ -80,7 +78,7 @@ def test_the_final_heads_loss_falls_and_is_in_every_record(alone: dict[str, Conf
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("trainable", ["backbone", "lora", "half"])
+@pytest.mark.parametrize("trainable", ["lora", "half"])
 def test_a_stopped_run_goes_on_to_the_same_bits(world: World, model: Path, tmp_path: Path, trainable: str) -> None:
     """Weights of the model, moments or counts lost in a checkpoint; a step whose gradients are cut in half."""
     whole, parts = (
@@ -118,7 +116,7 @@ def save(config: Config) -> str:
     return tuner.save_trained_weights(Path(config.tuning.run_folder) / "adapter")
 
 
-@pytest.mark.parametrize("trainable", ["mlp", "lora"])
+@pytest.mark.parametrize("trainable", ["lora"])
 def test_every_layout_writes_the_same_weights(world: World, model: Path, tmp_path: Path, trainable: str) -> None:
     """A tensor of another shard or stage in its place, and exits that are bound to another model than is read."""
     from safetensors.torch import load_file
