@@ -143,7 +143,9 @@ def _write_model(folder: Path, options: argparse.Namespace) -> None:
     import transformers
 
     shipped = Path(__file__).parents[1] / "examples" / "tiny-python-llama"
-    config = transformers.AutoConfig.from_pretrained(shipped, max_position_embeddings=options.seq_length)
+    config = transformers.AutoConfig.from_pretrained(
+        shipped, trust_remote_code=False, max_position_embeddings=options.seq_length
+    )
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
 

@@ -125,8 +125,7 @@ class DraftLayer(nn.Module):
         residual = normed if self.norm_before_residual else state
         read = self._for_shards(torch.cat((self.input_layernorm(embedding), normed), dim=-1))
         residual = residual + self._projected(attend(*self._queries_keys_values(read)))
-        normed = self.post_attention_layernorm(residual)
-        return residual + self.mlp(normed if self.cuts_sequence else self._for_shards(normed))
+        return residual + self.mlp(self.post_attention_layernorm(residual))
 
     def rotated(self, heads: Tensor, positions: Tensor) -> Tensor:  # [s, b, n, d], [s, 1 or b] int64 -> [s, b, n, d]
         """Rotates queries or keys to their positions."""

@@ -111,7 +111,7 @@ class ExitMLP(nn.Module):
         """See the class."""
         if self.cuts_sequence:
             x = gather_sequence(x, self.group)
-        elif self.group is not None and x.requires_grad:  # where the backbone is trained
+        elif self.group is not None and x.requires_grad:  # where something before the MLP is trained
             x = copy_to_tp(x, self.group)
         if self.is_gated:
             gate, up = self.fc1(x).chunk(2, dim=-1)

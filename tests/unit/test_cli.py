@@ -104,7 +104,14 @@ def test_generate_takes_prompts_and_stops(monkeypatch: pytest.MonkeyPatch):
     assert cli.main(["generate", "--model", "m", "--prompt", "one", "--prompt", "-", *flags, "--json"]) == 0
     config, prompts, keys = calls[0]
     assert prompts == ["one", "-"] and config.generation.stop == tuple(stops)
-    assert keys == {"prompts_file": None, "output": None, "overwrite": False, "as_json": True, "show_exits": False}
+    assert keys == {
+        "prompts_file": None,
+        "output": None,
+        "overwrite": False,
+        "as_json": True,
+        "show_exits": False,
+        "profile": None,
+    }
 
 
 def test_convert_passes_where_to_write(monkeypatch: pytest.MonkeyPatch):

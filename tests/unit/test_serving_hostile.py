@@ -162,7 +162,7 @@ def test_connections_that_say_nothing_or_half_hold_no_one_up(server):
             connection.sendall(post(completion(n=2)))
             connection.shutdown(socket.SHUT_WR)  # what has to be taken for a client that left
             held.enter_context(connection)
-        wait_until_idle(server)
+            wait_until_idle(server)
     assert talk(server, post(completion(max_tokens=1))).split()[1] == b"200"
 
 

@@ -235,5 +235,6 @@ def test_commands_that_read_weights_take_no_verify() -> None:
                 "convert": ["--output", "o"],
                 "regenerate": ["--output", "o"],
                 "evaluate": ["--output", "o"],
+                "prune": ["--drop", "auto:1"],
             }.get(command, [])
             assert cli.parse([command, *needed, "--no-verify"]).overrides["exits.verify"] is False
