@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -156,10 +157,14 @@ def test_memory_is_there_before_the_first_request(server):
 
 def test_the_log_says_why_a_request_was_refused(server, client, caplog):
     """A load generator shows the status of refused requests alone, and the server's log had no more."""
-    with caplog.at_level("INFO", logger="ee_tuning.serving"), pytest.raises(openai.BadRequestError):
-        client.completions.create(model="tiny-python-llama", prompt="x", temperature=-1.0)
-    lines = [json.loads(record.message) for record in caplog.records if '"status": 400' in record.message]
-    assert len(lines) == 1 and lines[0]["error"].startswith("temperature must be")
+    with caplog.at_level("INFO", logger="ee_tuning.serving"):
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(model="tiny-python-llama", prompt="x", temperature=-1.0)
+        until = time.monotonic() + 20  # the line is written when the answer is out
+        while not (lines := [r.message for r in caplog.records if '"status": 400' in r.message]):
+            assert time.monotonic() < until, "no line in the log"
+            time.sleep(0.01)
+    assert len(lines) == 1 and json.loads(lines[0])["error"].startswith("temperature must be")
 
 
 def _rendered(server: Served, prompt: str, params: SamplingParams) -> Completion:
