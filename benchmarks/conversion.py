@@ -123,8 +123,7 @@ def write_model(folder: Path, shape: dict[str, Any]) -> None:
                 left = layout.tensor_bytes(name) // 2
                 while left:
                     left -= made.write(block[: min(left, len(block))]) // 2
-    if index := layout.index():
-        (folder / index[0]).write_text(index[1])
+    layout.write_index(folder)
 
 
 def report(work: Path, options: argparse.Namespace) -> None:

@@ -24,13 +24,12 @@ from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.progress import Advance
-from ee_tuning.storage.atomic_write import os_errors_as_input_errors
 from ee_tuning.storage.hashed_file import HashedFile
 from ee_tuning.storage.manifest import MANIFEST, check_manifest, read_manifest
 from ee_tuning.storage.safetensors_layout import SafetensorsLayout
 from ee_tuning.storage.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
-from ee_tuning.storage.safetensors_writer import SafetensorsWriter
 from ee_tuning.storage.shared_folder import write_shared_folder
+from ee_tuning.storage.tensor_folder import write_tensor_folder
 
 STEM, CARD = "exit_heads", "README.md"
 EXIT_SHARD_BYTES = 1_000_000_000
@@ -136,23 +135,16 @@ def save_exit_heads(
     """
     on_first_rank(topology, lambda: check_output(output, overwrite))
     shapes = exits.tensor_shapes(config)
-    layout = SafetensorsLayout(STEM, shapes, exits.torch_dtype, shard_bytes)
-
-    def write(partial: Path, own: list[str], advance: Advance) -> list[str]:
-        writer, written = SafetensorsWriter(partial, STEM, shapes, exits.torch_dtype, shard_bytes), []
-        on_first_rank(topology, lambda: _create(writer, output))
-        for name, tensor in tensors:
-            writer.write(name, tensor)
-            written.append(name)
-        return written
-
-    def complete(partial: Path, reports: list[list[str]]) -> dict[str, str]:
-        names = [name for written in reports for name in written]
-        assert sorted(names) == sorted(shapes), sorted(set(names) ^ set(shapes)) or "a tensor came from two ranks"
-        _complete(partial, exits, layout)
-        return {}
-
-    write_shared_folder(output, topology, {}, write, complete, num_bytes=layout.num_bytes)
+    write_tensor_folder(
+        output,
+        topology,
+        tensors,
+        STEM,
+        shapes,
+        exits.torch_dtype,
+        lambda partial: _write_description(partial, exits),
+        shard_bytes=shard_bytes,
+    )
 
 
 def write_exit_heads(
@@ -184,7 +176,8 @@ def write_exit_heads(
         return sums
 
     def complete(partial: Path, reports: list[dict[str, str]]) -> dict[str, str]:
-        _complete(partial, exits, layout)
+        layout.write_index(partial)
+        _write_description(partial, exits)
         return {file: digest for sums in reports for file, digest in sums.items()}
 
     sizes = {file: layout.file_bytes(file) for file in layout.files}
@@ -209,14 +202,7 @@ def check_integrity(folder: Path, topology: Topology | None = None) -> None:
     check_manifest(folder, _REMEDY, topology)
 
 
-def _create(writer: SafetensorsWriter, output: Path) -> None:
-    with os_errors_as_input_errors(output):
-        writer.create()
-
-
-def _complete(partial: Path, exits: ExitHeadsConfig, layout: SafetensorsLayout) -> None:
-    if index := layout.index():
-        (partial / index[0]).write_text(index[1], encoding="utf-8")
+def _write_description(partial: Path, exits: ExitHeadsConfig) -> None:
     tree = exit_config_tree(exits)
     write_token_ids(partial, exits.token_ids)
     (partial / CONFIG).write_text(to_json(tree, indent=2) + "\n", encoding="utf-8")

@@ -5,6 +5,16 @@ from typing import Any
 
 from ee_tuning.json_file import to_json
 
+TRANSFORMERS_LINES = (
+    "```python",
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "",
+    'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+    'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+    "```",
+)
+"""How transformers loads a plain folder, for its card."""
+
 
 def artifact_card(exits: Mapping[str, Any]) -> str:
     """Returns the card of an exit-heads artifact, from its `exit_config.json`."""

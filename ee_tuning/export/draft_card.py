@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ee_tuning.checkpoint.model_card import architecture_text, exit_origin, front_matter, shell_word
+from ee_tuning.checkpoint.model_card import TRANSFORMERS_LINES, architecture_text, exit_origin, front_matter, shell_word
 from ee_tuning.export.plain_exit import PlainExit
 from ee_tuning.json_file import to_json
 
@@ -51,12 +51,7 @@ def pruned_card(
             "matrix and what is named above was tuned for the cut; measure it before you rely on it "
             "(`ee-tuning benchmark`, `ee-tuning evaluate`).",
             "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
-            'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
-            "```",
+            *TRANSFORMERS_LINES,
             "",
             "```bash",
             "vllm serve THIS_FOLDER",

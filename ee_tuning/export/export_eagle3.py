@@ -53,8 +53,7 @@ def export_eagle3(config: Config, output: Path, layout: Layout, *, overwrite: bo
                 sums[file] = made.sha256
             model.finish_check()
             with os_errors_as_input_errors(output):
-                if index := files.index():
-                    (partial / index[0]).write_text(index[1], encoding="utf-8")
+                files.write_index(partial)
                 card = eagle3_card(model.name, exit_config_tree(model.artifact.config), layout, _num_steps(model))
                 (partial / "README.md").write_text(card, encoding="utf-8")
                 # Last, except for the manifest: an export killed before has no config.json, so nothing loads it.

@@ -93,8 +93,7 @@ def _complete(model: ExportSource, described: dict[str, Any], partial: Path, tok
     folder = model.source.folder
     copy_files(companions(model, tokenizer), partial)
     if model.files is None:
-        if index := backbone_layout(model.source, model.model).index():
-            (partial / index[0]).write_text(index[1], encoding="utf-8")
+        backbone_layout(model.source, model.model).write_index(partial)
     elif not (folder / "model.safetensors").exists():
         copy_files({path.name: path for path in folder.glob("model.safetensors.index.json")}, partial)
     if model.artifact:

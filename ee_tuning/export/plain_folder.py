@@ -37,8 +37,7 @@ def write_plain_folder(
 
     def complete(partial: Path) -> None:
         copy_files(companions(model, tokenizer), partial)
-        if index := layout.index():
-            (partial / index[0]).write_text(index[1], encoding="utf-8")
+        layout.write_index(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         (partial / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
 

@@ -1,7 +1,6 @@
 """`ee-tuning prune`: leaves layers out of a model. What that costs is measured and shown before anything is written."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 from ee_tuning.artifact.exit_heads import ExitHeadsReader, check_output
 from ee_tuning.artifact.stage_plans import compute_dtype
 from ee_tuning.checkpoint.formats import open_model
-from ee_tuning.checkpoint.names import backbone_tensor_shapes
+from ee_tuning.checkpoint.model_size import parameters_by_part
 from ee_tuning.config import Config, ParallelSection
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.layer_stream import SAMPLE_LENGTH, LayerStream
@@ -17,7 +16,6 @@ from ee_tuning.export import megatron_writer, plain_folder
 from ee_tuning.export.export_source import ExportSource, check_target, open_for_export
 from ee_tuning.export.tokenizer_files import special_tokens, with_tokenizer_files
 from ee_tuning.json_file import to_json
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel, world_size
 from ee_tuning.pruning.choice import (
@@ -169,7 +167,7 @@ def _measured(
         rows=[PruningRow(layers, losses[layers]) for layers in by_measure],
         deepest=[PruningRow(layers, losses[layers]) for layers in simple],
         num_tokens=held_out.num_labels,
-        num_parameters=(_num_parameters(shape), _num_parameters(pruned)),
+        num_parameters=(parameters_by_part(shape)["all"], parameters_by_part(pruned)["all"]),
     )
 
 
@@ -186,10 +184,6 @@ def _choices(stream: LayerStream, text: HeldOutText, measure: Measure, counts: S
     if measure == "angular":
         return [most_similar_block(turns.distances, count) for count in counts]
     return [least_influential(turns.influences, count) for count in counts]
-
-
-def _num_parameters(model: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in backbone_tensor_shapes(model).values())
 
 
 def _print(report: PruningReport, moved: MovedExits | None, options: PruneOptions) -> None:

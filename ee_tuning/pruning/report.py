@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ee_tuning.checkpoint.model_card import front_matter
+from ee_tuning.checkpoint.model_card import TRANSFORMERS_LINES, front_matter
 from ee_tuning.pruning.choice import Layers, Measure, in_words
 from ee_tuning.text_table import table_lines
 
@@ -126,12 +126,7 @@ def pruning_card(report: PruningReport, family: str, exits: Mapping[int, int], m
         lines += [f"{name}'s exit heads went along into a folder of their own (layer there → here): {moves}.", ""]
     if model_format == "hf":
         lines += [
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
-            'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
-            "```",
+            *TRANSFORMERS_LINES,
             "",
         ]
     return "\n".join(lines)

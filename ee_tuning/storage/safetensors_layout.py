@@ -6,6 +6,7 @@ The layout depends on names, shapes and dtypes only, so every process computes t
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -58,15 +59,15 @@ class SafetensorsLayout:
         """Returns the size of a whole file in bytes."""
         return len(self.headers[file]) + sum(map(self.tensor_bytes, self.files[file]))
 
-    def index(self) -> tuple[str, str] | None:
-        """Returns name and content of the index, or None for a single file."""
+    def write_index(self, folder: Path) -> None:
+        """Writes the index of the shards. A single file needs none."""
         if len(self.files) == 1:
-            return None
+            return
         index = {
             "metadata": {"total_size": self.num_bytes},
             "weight_map": {name: place.file for name, place in self.places.items()},
         }
-        return f"{self.stem}.safetensors.index.json", to_json(index, indent=2) + "\n"
+        (folder / f"{self.stem}.safetensors.index.json").write_text(to_json(index, indent=2) + "\n", encoding="utf-8")
 
     def _assign_files(self, shard_bytes: int) -> dict[str, list[str]]:
         shards: list[list[str]] = [[]]

@@ -4,7 +4,6 @@ Its hidden states go down the relay beside those of the model that is trained: b
 """
 
 # s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h, ht hidden sizes of both
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ee_tuning.artifact.stage_plans import plan_frozen
 from ee_tuning.checkpoint.formats import check_model, model_folder, open_model
 from ee_tuning.config import Config, ModelSection
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import read_json
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.parallel.collectives import on_first_rank
@@ -28,7 +28,7 @@ class TeacherModel:
 
     def __init__(self, config: Config, path: str, student: ModelConfig, topology: Topology) -> None:
         """Loads the model at `path`. Raises InputError where it can not teach the student."""
-        source, model, _ = open_model(ModelSection(path=path))
+        source, model, _ = open_model(ModelSection(path=path, trust_pickle=config.model.trust_pickle))
         with source:
             on_first_rank(topology, lambda: _check_vocabulary(config, path, model, student))
             model.check_layout(topology.tp, topology.pp)
@@ -76,6 +76,6 @@ def _check_vocabulary(config: Config, path: str, teacher: ModelConfig, student: 
 def _tokens(folder: Path) -> Any:
     """Returns the tokens of a folder's tokenizer.json, or None where it has none."""
     try:
-        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+        return read_json(folder / "tokenizer.json")["model"]["vocab"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -21,11 +21,8 @@ from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.progress import Advance
 from ee_tuning.storage.manifest import MANIFEST
-from ee_tuning.storage.safetensors_layout import SafetensorsLayout
-from ee_tuning.storage.safetensors_writer import SafetensorsWriter
-from ee_tuning.storage.shared_folder import write_shared_folder
+from ee_tuning.storage.tensor_folder import write_tensor_folder
 
 ADAPTER, CARD = "adapter", "README.md"
 """The folder, within a run's, and its card."""
@@ -47,30 +44,15 @@ def save_trained_weights(
     """
     is_lora = config.tuning.trained.kind == "lora"
     stem, dtype = (LORA_STEM, torch.float32) if is_lora else (TRAINED_STEM, stored)
-    shapes = trained_shapes(config.tuning, model)
-    layout = SafetensorsLayout(stem, shapes, dtype)
 
-    def write(partial: Path, own: list[str], advance: Advance) -> list[str]:
-        writer = SafetensorsWriter(partial, stem, shapes, dtype)
-        on_first_rank(topology, writer.create)
-        written = []
-        for name, tensor in tensors:
-            writer.write(name, tensor)
-            written.append(name)
-        return written
-
-    def complete(partial: Path, reports: list[list[str]]) -> dict[str, str]:
-        names = [name for report in reports for name in report]
-        assert sorted(names) == sorted(shapes), sorted(set(names) ^ set(shapes)) or "a tensor came from two ranks"
-        if index := layout.index():
-            (partial / index[0]).write_text(index[1], encoding="utf-8")
+    def complete(partial: Path) -> None:
         name, tree = (LORA, _lora_config(config, model)) if is_lora else (TRAINED, facts)
         (partial / name).write_text(to_json(tree, indent=2) + "\n", encoding="utf-8")
         (partial / CARD).write_text(trained_card(model_name(model_folder(config.model.path)), facts), encoding="utf-8")
-        return {}
 
     on_first_rank(topology, lambda: check_trained_output(output))
-    write_shared_folder(output, topology, {}, write, complete, num_bytes=layout.num_bytes)
+    shapes = trained_shapes(config.tuning, model)
+    write_tensor_folder(output, topology, tensors, stem, shapes, dtype, complete)
 
 
 def check_trained_output(output: Path) -> None:
