@@ -74,6 +74,15 @@ class ExitFusion:
             )
 
 
+def check_one_head(generation: GenerationSection) -> None:
+    """Raises InputError where a job that compares policies with the full model asks for two heads."""
+    if ExitFusion.of(generation).layers:
+        raise InputError(
+            "evaluate compares policies with the full model's own head, and contrast_layers and fuse_layer change what it says; "
+            "leave them out"
+        )
+
+
 def _check_exit(name: str, layer: int, exits: tuple[ExitSpec, ...]) -> None:
     known = {each.layer: each for each in exits if each.draft is None}
     if layer not in known:

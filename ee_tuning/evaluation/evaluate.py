@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from ee_tuning.config import GenerationSection
 from ee_tuning.data.chat_template import ChatTemplate
+from ee_tuning.engine.exit_fusion import check_one_head
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.policy import FULL
 from ee_tuning.errors import InputError
@@ -284,11 +285,7 @@ def greedy_params(llm: EarlyExitLLM) -> SamplingParams:
     Raises InputError where they are not.
     """
     params = params_of(llm.defaults)
-    if params.fusion.layers:
-        raise InputError(
-            "evaluate compares policies with the full model's own head, and contrast_layers and fuse_layer change what it says; "
-            "leave them out"
-        )
+    check_one_head(llm.defaults)
     plain = SamplingParams(
         max_tokens=params.max_tokens,
         stop=params.stop,

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ee_tuning.config import Config
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
+from ee_tuning.engine.exit_fusion import check_one_head
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.evaluation_folder import OWNER
 from ee_tuning.evaluation.points import Point, PolicySweep, check_thresholds
@@ -81,6 +82,7 @@ def run_benchmark(config: Config, options: Benchmark) -> None:
 
 def _check(config: Config, options: Benchmark) -> None:
     check_thresholds(options.sweep.thresholds)
+    check_one_head(config.generation)
     own = (
         options.problems,
         None if options.harness is None else options.harness.include_path,

@@ -30,6 +30,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarks")
     random_llama(folder / "model", vocab_size=VOCABULARY, eos_token_id=END, bos_token_id=END, confident=True)
     write_byte_tokenizer(folder / "model")
+    (folder / "task.jsonl").write_text('{"prompt": "a", "answers": ["b"]}\n', encoding="utf-8")
     write_exits(folder / "model", folder / "exits")
     (folder / "problems.jsonl").write_text("".join(json.dumps(each) + "\n" for each in PROBLEMS), encoding="utf-8")
     write_tasks(folder / "tasks", num_documents=3)
@@ -193,11 +194,13 @@ def test_flags_reach_the_benchmark(shared, tmp_path, monkeypatch):
         (["--task", "a.jsonl", "--run-code"], "--run-code is of --human-eval"),
         (["--human-eval", "{problems}", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["--human-eval", "{problems}", "--thresholds", "2"], "--thresholds must lie in 0..1"),
+        (["--human-eval", "{problems}", "--set", "generation.contrast_layers=[2]"], "the full model's own head"),
+        (["--task", "{task}", "--metric", "contains", "--set", "generation.fuse_layer=2"], "the full model's own head"),
     ],
 )
 def test_what_can_not_be_is_refused(shared, tmp_path, capsys, flags, words):
     """A traceback, or a folder that is half made."""
-    flags = [flag.format(problems=shared / "problems.jsonl") for flag in flags]
+    flags = [flag.format(problems=shared / "problems.jsonl", task=shared / "task.jsonl") for flag in flags]
     assert words in refusal(capsys, shared, tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 
