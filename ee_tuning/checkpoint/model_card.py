@@ -9,8 +9,8 @@ TRANSFORMERS_LINES = (
     "```python",
     "from transformers import AutoModelForCausalLM, AutoTokenizer",
     "",
-    'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
-    'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+    'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=False)',
+    'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER", trust_remote_code=False)',
     "```",
 )
 """How transformers loads a plain folder, for its card."""

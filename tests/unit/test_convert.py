@@ -9,13 +9,13 @@ from random_models import random_llama
 from refusals import refusal
 
 from ee_tuning import config as job
-from ee_tuning.artifact import exit_heads
 from ee_tuning.artifact.convert import convert, model_name
 from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.artifact.inspect import artifact_facts, inspect_path, model_facts
 from ee_tuning.config import Config
 from ee_tuning.storage import shared_folder
 from ee_tuning.storage.hashed_file import HashedFile
+from ee_tuning.storage.safetensors_layout import SafetensorsLayout
 
 
 @pytest.fixture(scope="module")
@@ -77,26 +77,18 @@ def test_what_a_killed_conversion_leaves_does_not_load(
     name.
     """
     seen: list[Path] = []
-    if moment == "after every tensor":
-        complete = exit_heads._complete
-        monkeypatch.setattr(
-            exit_heads,
-            "_complete",
-            lambda partial, *rest: (
-                seen.append(Path(shutil.copytree(partial, tmp_path / "killed"))),
-                complete(partial, *rest),
-            ),
-        )
-    else:
-        write_manifest = shared_folder.write_manifest
-        monkeypatch.setattr(
-            shared_folder,
-            "write_manifest",
-            lambda partial, sums: (
-                seen.append(Path(shutil.copytree(partial, tmp_path / "killed"))),
-                write_manifest(partial, sums),
-            ),
-        )
+    owner, name = {
+        "after every tensor": (SafetensorsLayout, "write_index"),
+        "before the rename": (shared_folder, "write_manifest"),
+    }[moment]
+    step = getattr(owner, name)
+
+    def copied_before(*arguments: Any) -> None:
+        (partial,) = (argument for argument in arguments if isinstance(argument, Path))
+        seen.append(Path(shutil.copytree(partial, tmp_path / "killed")))
+        step(*arguments)
+
+    monkeypatch.setattr(owner, name, copied_before)
     convert(conversion(llama), tmp_path / "exits")
     assert (seen[0] / "exit_heads.safetensors").is_file()
     refusal(lambda: ExitHeadsReader(seen[0]))
