@@ -28,7 +28,7 @@ import torch
 from ee_tuning.artifact.inspect import model_facts
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.config import load_config
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model_config.config import read_model_config
 from ee_tuning.storage.hashed_file import HashedFile
 from ee_tuning.storage.safetensors_layout import SafetensorsLayout
 

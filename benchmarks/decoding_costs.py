@@ -18,10 +18,10 @@ from real_time import set_real_time
 from ee_tuning import EarlyExitLLM
 from ee_tuning.engine.cost_model import expected_costs
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.speculation import Speculation
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import FULL, Policy
 
 PROMPT = "Once upon a time there was a"
 

@@ -35,12 +35,12 @@ import torch
 from ee_tuning.config import ParallelSection
 from ee_tuning.decoding import graphs
 from ee_tuning.engine.engine import Engine, TokenStep
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import FULL, Policy
-from ee_tuning.model.config import ModelConfig, RopeConfig
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.model_config.config import ModelConfig, RopeConfig
 from ee_tuning.parallel.topology import Topology, init_parallel
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import FULL, Policy
 
 COPIED_BYTES = 2**30
 SWITCHED = {"yes": "1", "no": "0", "fused": "fused"}

@@ -29,7 +29,7 @@ from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.errors import InputError
 from ee_tuning.export.draft_card import NUM_DRAFTS, TRIED
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model_config.config import read_model_config
 
 BATCHES = (1, 8)
 VERSION = TRIED["vLLM"].partition(" ")[0]

@@ -18,8 +18,8 @@ from ee_tuning.config import Architecture, Config, load_config
 from ee_tuning.data.sample_corpus import sample_corpus
 from ee_tuning.evaluation.quality import final_head_loss
 from ee_tuning.generation.llm import EarlyExitLLM
-from ee_tuning.model.config import read_model_config
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.model_config.config import read_model_config
 from ee_tuning.tuning.command import tune
 
 MODEL = Path(__file__).parents[1] / "examples" / "tiny-python-llama"

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ee_tuning.losses.loss import linear_cross_entropy
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.loss import linear_cross_entropy
 
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

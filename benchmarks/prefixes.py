@@ -16,8 +16,8 @@ import torch
 from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
 from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.sampling.params import SamplingParams
 
 NEW_TOKENS, OWN_TOKENS, ROUNDS = 32, 16, 5
 

@@ -26,11 +26,11 @@ from working_time import Clock, DrainingWork
 from ee_tuning.artifact.load import load_for_tuning
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.tokens import PackedSamples, Splits
+from ee_tuning.losses.teacher_channel import TeacherChannel
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning import exit_trainer
 from ee_tuning.tuning import tuner as tuner_module
 from ee_tuning.tuning.saving import Saver
-from ee_tuning.tuning.teacher_channel import TeacherChannel
 from ee_tuning.tuning.tuner import Tuner
 
 SEQ_LENGTH = 16

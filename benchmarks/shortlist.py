@@ -31,12 +31,12 @@ from ee_tuning.data.loader import batches_of_each
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.data.splits import load_samples
 from ee_tuning.engine.cost_model import measure_costs
-from ee_tuning.engine.policy import Policy
 from ee_tuning.generation.llm import EarlyExitLLM
-from ee_tuning.model.config import read_model_config
 from ee_tuning.model.fit import Fit
 from ee_tuning.model.partition import final_head_cost, stage_costs
+from ee_tuning.model_config.config import read_model_config
 from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.sampling.policy import Policy
 from ee_tuning.tuning.command import load_job_samples
 from ee_tuning.tuning.fitting import FitPass, fit_record, fit_samples
 from ee_tuning.tuning.fitting_other import OtherFit

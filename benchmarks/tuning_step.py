@@ -32,14 +32,14 @@ from ee_tuning.config import Config, load_config
 from ee_tuning.data.loader import BatchSource
 from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokens import Splits
-from ee_tuning.model.config import read_model_config
+from ee_tuning.losses.loss import linear_cross_entropy
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitHead
 from ee_tuning.model.head_kinds import build_exit_head
+from ee_tuning.model_config.config import read_model_config
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning import exit_trainer
 from ee_tuning.tuning.exit_trainer import ExitTrainer
-from ee_tuning.tuning.loss import linear_cross_entropy
 from ee_tuning.tuning.tuner import Tuner
 
 GOAL = 1.10

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ee_tuning.engine.params import SamplingParams
     from ee_tuning.generation.llm import EarlyExitLLM
+    from ee_tuning.sampling.params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["EarlyExitLLM", "SamplingParams", "__version__"]
@@ -17,7 +17,7 @@ def __getattr__(name: str) -> Any:
 
         return EarlyExitLLM
     if name == "SamplingParams":
-        from ee_tuning.engine.params import SamplingParams
+        from ee_tuning.sampling.params import SamplingParams
 
         return SamplingParams
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from ee_tuning.config import ParallelSection
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model_config.config import read_model_config
 from ee_tuning.parallel.topology import init_parallel
 
 

@@ -10,12 +10,12 @@ from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.config import load_config
 from ee_tuning.engine.cost_model import Costs
 from ee_tuning.engine.engine import Engine, TokenStep
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import Policy, policy_of
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.speculation import Speculation
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import Policy, policy_of
 
 
 @dataclass

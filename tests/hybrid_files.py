@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ee_tuning.config import ParallelSection
 from ee_tuning.model.backbone import transformer_config
-from ee_tuning.model.config import ModelConfig, read_model_config
+from ee_tuning.model_config.config import ModelConfig, read_model_config
 from ee_tuning.parallel.topology import Topology, init_parallel
 
 

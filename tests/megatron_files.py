@@ -16,8 +16,8 @@ from ee_tuning.checkpoint.huggingface import HuggingFaceReader
 from ee_tuning.checkpoint.names import backbone_shard
 from ee_tuning.config import ParallelSection
 from ee_tuning.model.backbone import transformer_config
-from ee_tuning.model.config import ModelConfig, read_model_config
-from ee_tuning.model.megatron_args import megatron_arguments
+from ee_tuning.model_config.config import ModelConfig, read_model_config
+from ee_tuning.model_config.megatron_args import megatron_arguments
 from ee_tuning.parallel.topology import Topology, init_parallel
 from ee_tuning.storage.safetensors_reader import read_shard
 

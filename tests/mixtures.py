@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import Policy
-from ee_tuning.engine.sampling import draw, draw_key, request_key
 from ee_tuning.engine.sequence import Sequence
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import Policy
+from ee_tuning.sampling.sampling import draw, draw_key, request_key
 
 VOCAB, LAYERS, EOS = 101, 6, 100
 STEMS = [[(7 * i + 3) % VOCAB for i in range(64)], [(11 * i + 5) % VOCAB for i in range(64)]]

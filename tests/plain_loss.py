@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ee_tuning.losses.loss import STATISTICS, ExitLoss, linear_loss
+from ee_tuning.losses.objective import Objective
+from ee_tuning.losses.teacher import HiddenTeacher, Teacher, top_k_teacher
 from ee_tuning.parallel.shortlist import Shortlist
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.loss import STATISTICS, ExitLoss, linear_loss
-from ee_tuning.tuning.objective import Objective
-from ee_tuning.tuning.teacher import HiddenTeacher, Teacher, top_k_teacher
 
 # n tokens · c classes · k classes that the teacher names
 

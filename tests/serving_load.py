@@ -8,7 +8,7 @@ from typing import Any
 
 from ee_tuning import EarlyExitLLM, SamplingParams
 from ee_tuning.config.generation import GenerationSection
-from ee_tuning.engine.policy import Policy
+from ee_tuning.sampling.policy import Policy
 
 LEAVING = 0.3
 """The share of requests whose client leaves early."""

@@ -12,12 +12,12 @@ from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.cost_model import Costs
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.speculation import Speculation
 from ee_tuning.kernel import calls
 from ee_tuning.parallel.topology import Topology, init_parallel
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import FULL, Policy
 
 POLICIES = {
     "thresholds": Policy(thresholds={2: 0.4, 4: 0.3}),

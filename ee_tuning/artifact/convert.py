@@ -24,10 +24,10 @@ from ee_tuning.checkpoint.model_card import architecture_text, init_text, vocab_
 from ee_tuning.checkpoint.names import embedding_name
 from ee_tuning.config import Architecture, Config, ExitsSection
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.draft_spec import draft_spec
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import Fit
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 from ee_tuning.storage.apart import check_apart

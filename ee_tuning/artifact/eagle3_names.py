@@ -5,8 +5,8 @@ there; an artifact has them after `exits.{l}.`.
 """
 
 from ee_tuning.checkpoint.names import mlp_shard, uncut
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.draft_spec import DraftSpec
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.tensor_slice import Shard, TensorSlice
 
 LAYER = "midlayer."

@@ -19,7 +19,7 @@ from ee_tuning.checkpoint.legacy import LegacyReader
 from ee_tuning.checkpoint.names import embedding_name, merge_shards
 from ee_tuning.config import Architecture
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.torch_file import StoredTensor
 
 

@@ -15,9 +15,9 @@ from ee_tuning.artifact.exit_vocab import VOCAB, read_token_ids
 from ee_tuning.config import Architecture, TeacherPlan, TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
-from ee_tuning.model.config import STORED_DTYPES, ModelConfig
 from ee_tuning.model.draft_spec import DraftSpec, draft_tree, read_draft_tree
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.model_config.config import STORED_DTYPES, ModelConfig
 from ee_tuning.storage.tensor_slice import TensorShape
 
 CONFIG = "exit_config.json"

@@ -19,8 +19,8 @@ from ee_tuning.artifact.exit_vocab import VOCAB, write_token_ids
 from ee_tuning.checkpoint.model_card import artifact_card
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.progress import Advance

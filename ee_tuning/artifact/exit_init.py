@@ -14,7 +14,7 @@ from torch import Tensor
 from ee_tuning.artifact.exit_config import ExitHeadsConfig
 from ee_tuning.artifact.exit_names import exit_copy_source, is_residual_projection
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.non_finite import check_finite
 from ee_tuning.storage.safetensors_reader import TensorSource
 from ee_tuning.storage.tensor_blocks import BLOCK_BYTES, tensor_blocks

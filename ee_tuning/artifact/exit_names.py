@@ -19,9 +19,9 @@ from ee_tuning.checkpoint.names import (
     uncut,
     vocabulary_rows,
 )
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.draft_spec import DraftSpec
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.tensor_slice import Shard, TensorShape
 
 

@@ -17,9 +17,9 @@ from ee_tuning.checkpoint.model_size import largest_group_parameters, parameters
 from ee_tuning.checkpoint.names import backbone_tensor_shapes, embedding_name
 from ee_tuning.config import Architecture, ExitsSection, ModelSection
 from ee_tuning.json_file import to_json
-from ee_tuning.model.config import ModelConfig, read_model_config
 from ee_tuning.model.draft_spec import can_draft, draft_spec
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.model_config.config import ModelConfig, read_model_config
 from ee_tuning.storage.missing_weights import other_weights
 
 

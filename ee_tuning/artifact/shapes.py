@@ -17,8 +17,8 @@ from ee_tuning.checkpoint.formats import has_weights, model_folder, open_model, 
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.config import Config, ExitsSection, replace
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig, read_model_config
 from ee_tuning.model.exit_spec import ListedTokens
+from ee_tuning.model_config.config import ModelConfig, read_model_config
 from ee_tuning.storage.tensor_slice import TensorShape
 
 DEFAULT_SEQ_LENGTH = 2048

@@ -8,10 +8,10 @@ from ee_tuning.artifact.exit_config import ExitHeadsConfig
 from ee_tuning.checkpoint.trained_names import check_trainable
 from ee_tuning.config import Config, TuningSection
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import StagePlan
 from ee_tuning.model.partition import final_head_cost, stage_costs, stage_layers
 from ee_tuning.model.quantized_linear import check_weight_format
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.notices import warn_once
 from ee_tuning.parallel.device import multiplies_bfloat16
 from ee_tuning.parallel.topology import Topology

@@ -13,8 +13,8 @@ from ee_tuning.data.tokenizer import tokenizer_of
 from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
 from ee_tuning.generation.replicas import over_replicas
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.model_config.config import ModelConfig
 
 SAMPLE_LENGTH = 512
 

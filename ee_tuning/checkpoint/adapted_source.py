@@ -15,7 +15,7 @@ from ee_tuning.checkpoint.lora_names import PREFIX
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.safetensors_reader import SafetensorsFolder, TensorSource
 from ee_tuning.storage.tensor_slice import TensorShape
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
-from ee_tuning.model.config import ModelConfig, RopeConfig
+from ee_tuning.model_config.config import ModelConfig, RopeConfig
 from ee_tuning.storage.safetensors_reader import TensorSource
 
 _SHAPE_FIELDS = (

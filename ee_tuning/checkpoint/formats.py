@@ -23,8 +23,8 @@ from ee_tuning.checkpoint.names import embedding_name, output_name
 from ee_tuning.checkpoint.tied_output import holds_another_output, untied
 from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig, read_model_config
-from ee_tuning.model.megatron_args import read_megatron_config
+from ee_tuning.model_config.config import ModelConfig, read_model_config
+from ee_tuning.model_config.megatron_args import read_megatron_config
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.links import dangling_link

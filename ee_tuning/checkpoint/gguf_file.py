@@ -18,8 +18,8 @@ from torch import Tensor
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.checkpoint.unread import unread
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig, model_config_from_hf
-from ee_tuning.model.gguf_config import config_of_gguf
+from ee_tuning.model_config.config import ModelConfig, model_config_from_hf
+from ee_tuning.model_config.gguf_config import config_of_gguf
 from ee_tuning.storage.tensor_blocks import BLOCK_BYTES
 from ee_tuning.storage.tensor_slice import TensorShape
 

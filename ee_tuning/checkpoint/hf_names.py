@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from ee_tuning.model.families import Family
+from ee_tuning.model_config.families import Family
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from ee_tuning.checkpoint.experts_packed import Slab, expert_slabs, router_names
 from ee_tuning.checkpoint.names import backbone_shard, backbone_tensor_shapes, embedding_name, output_name
 from ee_tuning.checkpoint.unread import is_buffer, refuse_meaningful, unread
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.safetensors_file import TensorRange
 from ee_tuning.storage.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
 from ee_tuning.storage.tensor_slice import TensorShape

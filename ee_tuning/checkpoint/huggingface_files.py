@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.non_finite import NonFiniteCheck
 from ee_tuning.storage.safetensors_layout import SafetensorsLayout
 from ee_tuning.storage.safetensors_reader import SafetensorsFolder, TensorSource

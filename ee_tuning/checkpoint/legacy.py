@@ -17,7 +17,7 @@ from torch import Tensor
 from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
 from ee_tuning.checkpoint.names import backbone_parameter_names
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.links import check_links
 from ee_tuning.storage.mapped_file import map_file
 from ee_tuning.storage.tensor_slice import TensorShape

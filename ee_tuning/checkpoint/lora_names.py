@@ -1,8 +1,8 @@
 """Names of LoRA's matrices in peft's files, and how tensor-parallel ranks cut them. Pure functions."""
 
 from ee_tuning.checkpoint.hf_names import HF_NAMES, HFNames
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.lora import ROW_PARALLEL, target_shape
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.tensor_slice import Shard, TensorSlice
 
 PREFIX = "base_model.model."

@@ -23,7 +23,7 @@ from ee_tuning.checkpoint.hybrid_layers import HybridLayers
 from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
 from ee_tuning.checkpoint.names import backbone_parameter_names
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.notices import warn_once
 from ee_tuning.storage.links import check_links
 from ee_tuning.storage.mapped_file import MappedFile, map_file

@@ -15,7 +15,7 @@ from torch import Tensor
 from ee_tuning.checkpoint.names import backbone_parameter_names, backbone_shard, backbone_tensor_shapes
 from ee_tuning.checkpoint.unread import refuse_meaningful, unread
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.safetensors_reader import DTYPES
 from ee_tuning.storage.tensor_slice import TensorShape, TensorSlice
 

@@ -4,7 +4,7 @@ import math
 import re
 
 from ee_tuning.checkpoint.names import backbone_parameter_names, backbone_shard, backbone_tensor_shapes
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 
 _PARTS = ("embedding", "attention", "mlp", "norms", "output")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.hf_names import HF_NAMES, HFNames
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.vocab import padded_size
 from ee_tuning.storage.tensor_slice import Shard, TensorShape, TensorSlice
 

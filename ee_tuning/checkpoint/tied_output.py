@@ -10,7 +10,7 @@ import dataclasses
 import torch
 
 from ee_tuning.checkpoint.names import embedding_name, output_name
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.notices import warn_once
 from ee_tuning.storage.safetensors_reader import TensorSource
 

@@ -6,8 +6,8 @@ from ee_tuning.checkpoint.lora_names import has_targets, lora_shard
 from ee_tuning.checkpoint.names import backbone_shard, layer_parameter_names, norm_kinds
 from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.lora import FUSED, TARGETS
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.tensor_slice import Shard, TensorShape, TensorSlice
 
 

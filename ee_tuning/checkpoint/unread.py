@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 
 _BUFFER = re.compile(
     r"(.+\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|transformer\.h\.\d+\.attn\.(masked_)?bias"

@@ -16,10 +16,10 @@ from ee_tuning.config import Config
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.partition import final_head_cost, stage_costs
-from ee_tuning.model.token_ids import generation_end_token_ids
+from ee_tuning.model_config.config import ModelConfig
+from ee_tuning.model_config.token_ids import generation_end_token_ids
 from ee_tuning.notices import warn
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology

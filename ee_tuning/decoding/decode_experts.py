@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ee_tuning.decoding.column_major import column_major
 from ee_tuning.model.activation import activation
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.experts import MoELayer
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.topology import Topology
 
 # t tokens of a ragged batch · h hidden · e experts · k of them for each token

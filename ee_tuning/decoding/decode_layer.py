@@ -21,8 +21,8 @@ from ee_tuning.decoding.eager_attention import EagerBatch, LayerCache, rotate
 from ee_tuning.kernel import calls
 from ee_tuning.model.activation import activation
 from ee_tuning.model.attention import softmax_scale
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.topology import Topology
 
 # t tokens of a ragged batch · h hidden · g key-value heads of this rank · n/g query heads of each · d width of a head

@@ -9,8 +9,8 @@ from ee_tuning.decoding.captured_batch import GraphCache
 from ee_tuning.decoding.eager_attention import SlotMapping
 from ee_tuning.engine.kv_cache import KVCache
 from ee_tuning.engine.sequence import Sequence
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.model_config.config import ModelConfig
 
 # t tokens of a pass · h hidden · v vocabulary
 

@@ -20,12 +20,9 @@ from ee_tuning.engine.draft_head import DraftHead
 from ee_tuning.engine.draft_head_proposer import MOST_DRAFTS, DraftHeadProposer
 from ee_tuning.engine.draft_proposer import DraftProposer
 from ee_tuning.engine.form_drafts import fit_drafts
-from ee_tuning.engine.grammar import Grammars, GrammarState
 from ee_tuning.engine.in_flight import Finished, InFlightSteps
 from ee_tuning.engine.kv_cache import KVCache
 from ee_tuning.engine.model_runner import ModelRunner
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.engine.requests import check_request
 from ee_tuning.engine.scheduler import Scheduler
 from ee_tuning.engine.segments import cut_segments
@@ -38,6 +35,9 @@ from ee_tuning.model.eagle3 import Eagle3Head
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.parallel.shortlist import Shortlist
 from ee_tuning.parallel.stage_link import StageLink
+from ee_tuning.sampling.grammar import Grammars, GrammarState
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import FULL, Policy
 
 MOST_PENDING_AT_STAGE = 4
 """Tokens of a sequence that may be pending in front of a stage: it computes them while the stages before it go on with

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ee_tuning.decoding.decode_head import DecodeExitHead, DecodeHead
 from ee_tuning.engine.boundary_ring import PassStates
-from ee_tuning.engine.exit_fusion import fused_logits
 from ee_tuning.engine.sampler import SampleRequest
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.stage_model import StageModel
@@ -24,6 +23,7 @@ from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.shortlist import token_confidences, token_logits
 from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.vocab import at_least_float32
+from ee_tuning.sampling.exit_fusion import fused_logits
 
 # h hidden · q states that a head is asked about
 

@@ -13,7 +13,7 @@ from ee_tuning.decoding import graphs
 from ee_tuning.decoding.eager_attention import BLOCK_SIZE, LayerCache, SlotMapping
 from ee_tuning.engine.block_pool import BlockPool, blocks_for
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.device import zeros_on_demand
 from ee_tuning.parallel.topology import Topology
 

@@ -5,9 +5,9 @@ transformers'.
 import torch
 from torch import Tensor
 
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.sampling import warped
 from ee_tuning.engine.sequence import Sequence
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.sampling import warped
 
 # v vocabulary, padding left out
 

@@ -1,11 +1,11 @@
 """Whether a request can be done: refused at once and alone, or it can."""
 
 from ee_tuning.engine.kv_cache import KVCache
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import StagePlan
+from ee_tuning.model_config.config import ModelConfig
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import Policy
 
 
 def check_request(

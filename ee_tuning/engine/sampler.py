@@ -5,12 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.processors import TokenCounts, log_probabilities, processed, within
-from ee_tuning.engine.sampling import draw, draw_key
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.step_plan import Answer
 from ee_tuning.parallel.time_parts import part
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.sampling import draw, draw_key
 
 # v vocabulary
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ee_tuning.decoding.eager_attention import SlotMapping
-from ee_tuning.engine.grammar import GrammarState
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import Policy
 from ee_tuning.engine.prompt_lookup import PromptLookup
-from ee_tuning.engine.sampling import request_key
+from ee_tuning.sampling.grammar import GrammarState
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import Policy
+from ee_tuning.sampling.sampling import request_key
 
 CachedPart = tuple[str, int]
 """A part of the network that has a KV cache: ("segment", its number), or ("head", its segment) for a head with a layer

@@ -1,4 +1,4 @@
-"""Writes `calibration.json`. ee_tuning/engine/calibration.py reads it."""
+"""Writes `calibration.json`. ee_tuning/sampling/calibration.py reads it."""
 
 import json
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from typing import Any
 
 from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.config import Config
-from ee_tuning.engine.calibration import FORMAT_VERSION
 from ee_tuning.json_file import to_json
+from ee_tuning.sampling.calibration import FORMAT_VERSION
 from ee_tuning.storage.atomic_write import atomic_file
 
 

@@ -21,9 +21,6 @@ from typing import NamedTuple
 
 from ee_tuning.config import GenerationSection
 from ee_tuning.data.chat_template import ChatTemplate
-from ee_tuning.engine.exit_fusion import check_one_head
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import FULL
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.figures import Evaluation, task_result
 from ee_tuning.evaluation.given import given_readings, given_texts, token_pair
@@ -36,6 +33,9 @@ from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.llm import EarlyExitLLM, Job
 from ee_tuning.generation.options import params_of, with_options
 from ee_tuning.generation.replicas import over_replicas
+from ee_tuning.sampling.exit_fusion import check_one_head
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import FULL
 
 BLOCK = 8
 WARM_TOKENS = 16

@@ -18,7 +18,7 @@ from ee_tuning.config import Config
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
 from ee_tuning.model.backbone import BackboneStage
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.non_finite import no_numbers, num_non_finite
 

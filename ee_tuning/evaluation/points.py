@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ee_tuning.config.generation import Measure
-from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.errors import InputError
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.options import with_options
+from ee_tuning.sampling.policy import FULL, Policy
 
 THRESHOLDS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """As in EE-Tuning's figures (arXiv 2402.00518)."""

@@ -10,8 +10,8 @@ from ee_tuning.data.loader import validation_batches
 from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokenizer import tokenizer_of
 from ee_tuning.generation.llm import Completion, EarlyExitLLM
+from ee_tuning.losses.loss import token_losses
 from ee_tuning.model.documents import PackedDocuments
-from ee_tuning.tuning.loss import token_losses
 
 REPEATS = 3
 """Repetitions per prompt and policy: with a small model, a completion takes no longer than an interruption of the

@@ -19,7 +19,7 @@ from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
 from ee_tuning.export.companions import MODELLING
 from ee_tuning.export.export_huggingface import early_exit_class
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.shortlist import token_logits
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from ee_tuning.artifact.eagle3_names import LAYER
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig, model_config_from_hf
 from ee_tuning.model.draft_spec import DraftSpec, check_aux_layers, default_aux_layers
-from ee_tuning.model.huggingface_config import huggingface_config
+from ee_tuning.model_config.config import ModelConfig, model_config_from_hf
+from ee_tuning.model_config.huggingface_config import huggingface_config
 
 Layout = Literal["eagle3", "speculators"]
 

@@ -10,7 +10,7 @@ import re
 from ee_tuning.artifact.exit_heads import STEM, ExitHeadsReader
 from ee_tuning.checkpoint.hf_names import HF_NAMES
 from ee_tuning.checkpoint.huggingface_files import FileToWrite, copied_file, joined_files
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.safetensors_layout import SafetensorsLayout
 from ee_tuning.storage.tensor_slice import TensorShape
 

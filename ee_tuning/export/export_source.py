@@ -14,8 +14,8 @@ from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import BackboneSource, background_check, describing_file, model_folder, open_model
 from ee_tuning.checkpoint.gguf_file import GgufReader
 from ee_tuning.config import Config
-from ee_tuning.model.config import ModelConfig, model_config_from_hf
-from ee_tuning.model.huggingface_config import huggingface_config
+from ee_tuning.model_config.config import ModelConfig, model_config_from_hf
+from ee_tuning.model_config.huggingface_config import huggingface_config
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.apart import check_apart

@@ -16,8 +16,8 @@ from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.export.eagle3_layout import D2T, EMBEDDING, OUTPUT, T2D, artifact_part, read_published_config
 from ee_tuning.json_file import read_json
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.draft_spec import DraftSpec
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.safetensors_reader import SafetensorsFolder
 from ee_tuning.storage.tensor_blocks import tensor_blocks
 

@@ -23,8 +23,8 @@ from ee_tuning.checkpoint.names import backbone_parameter_names, backbone_shard
 from ee_tuning.config import Config
 from ee_tuning.export.export_source import ExportSource, check_target, open_for_export
 from ee_tuning.json_file import to_json
-from ee_tuning.model.config import ModelConfig
-from ee_tuning.model.megatron_args import megatron_arguments, missing_from_megatron_args
+from ee_tuning.model_config.config import ModelConfig
+from ee_tuning.model_config.megatron_args import megatron_arguments, missing_from_megatron_args
 from ee_tuning.notices import warn
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology

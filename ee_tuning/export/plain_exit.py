@@ -11,8 +11,8 @@ from ee_tuning.artifact.exit_names import exit_copy_source, exit_tensor_shapes
 from ee_tuning.checkpoint.hf_names import HF_NAMES
 from ee_tuning.checkpoint.names import backbone_tensor_shapes, embedding_name, norm_kinds, output_name
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.model_config.config import ModelConfig
 
 _NO_PLACE = {
     "embedding": "it has no norm before its output matrix, and every plain model has one",

@@ -9,8 +9,8 @@ from ee_tuning.export.companions import companions
 from ee_tuning.export.export_source import ExportSource
 from ee_tuning.export.folder_writer import copy_files, write_folder
 from ee_tuning.json_file import to_json
-from ee_tuning.model.config import ModelConfig
-from ee_tuning.model.huggingface_config import HUGGINGFACE_CLASSES
+from ee_tuning.model_config.config import ModelConfig
+from ee_tuning.model_config.huggingface_config import HUGGINGFACE_CLASSES
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.safetensors_reader import TensorSource
 

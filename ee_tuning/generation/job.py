@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import Policy
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import Policy
 
 READ_FOR_ONE_MADE = 8
 """Number of prompt tokens that cost about as much as one completion token, for sharing work."""

@@ -18,10 +18,6 @@ from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.config import Config, GenerationSection, load_config
 from ee_tuning.data.tokenizer import beginning_ids, begun, load_tokenizer, tokenizer_of
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.exit_fusion import ExitFusion
-from ee_tuning.engine.grammar import Grammars
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import Policy, policy_of
 from ee_tuning.engine.speculation_memory import speculation_memory
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion, StreamedToken
@@ -30,11 +26,15 @@ from ee_tuning.generation.job import Job
 from ee_tuning.generation.options import checked_options, engine_settings, params_of
 from ee_tuning.generation.scoring import Score, TokenPair, score, token_pairs
 from ee_tuning.generation.text import special_tokens
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel
-from ee_tuning.model.token_ids import generation_end_token_ids
+from ee_tuning.model_config.config import ModelConfig
+from ee_tuning.model_config.token_ids import generation_end_token_ids
 from ee_tuning.parallel.time_parts import count_step
 from ee_tuning.parallel.topology import Topology, init_parallel
+from ee_tuning.sampling.exit_fusion import ExitFusion
+from ee_tuning.sampling.grammar import Grammars
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import Policy, policy_of
 
 __all__ = ["Completion", "EarlyExitLLM", "Job", "StreamedToken"]
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from ee_tuning.config import GenerationSection, load_config
 from ee_tuning.config.generation import without_overruled
-from ee_tuning.engine.exit_fusion import ExitFusion
-from ee_tuning.engine.params import SamplingParams
 from ee_tuning.errors import InputError
+from ee_tuning.sampling.exit_fusion import ExitFusion
+from ee_tuning.sampling.params import SamplingParams
 
 
 def engine_settings(options: GenerationSection) -> dict[str, Any]:

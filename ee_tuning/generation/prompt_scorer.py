@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
 from ee_tuning.generation.scoring import Score, score_by
 from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.sampling.policy import Policy
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,6 @@ from ee_tuning.data.shipped_prompts import shipped_prompts
 from ee_tuning.data.sources import find_corpora
 from ee_tuning.data.tally import print_passed_over
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import FULL
 from ee_tuning.errors import InputError
 from ee_tuning.generation.chat import stop_ids_of
 from ee_tuning.generation.completion import Completion
@@ -36,6 +34,8 @@ from ee_tuning.json_file import to_json
 from ee_tuning.notices import say
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import FULL
 from ee_tuning.storage.apart import check_beside
 
 FORM = Form("regenerate", under=MARK)

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ee_tuning.config.generation import Measure
-from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.shortlist import token_confidences, token_likeliest, token_log_probabilities, token_top1
 from ee_tuning.parallel.stage_link import StageLink
 from ee_tuning.parallel.vocab import VocabShard
+from ee_tuning.sampling.policy import Policy
 from ee_tuning.storage.non_finite import no_numbers
 
 # s sequence · b rows of a pass · p policies · h hidden · v/tp this rank's shard of the vocabulary · n positions that

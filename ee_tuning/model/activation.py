@@ -6,7 +6,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 
 
 def activation(config: ModelConfig) -> Callable[[Tensor], Tensor]:

@@ -12,9 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ee_tuning.model import flash
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.sequence_chunk import SequenceChunk
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.fake_tensor import is_fake
 
 # s sequence · b micro-batch · g key-value heads · n query heads · d width of a head

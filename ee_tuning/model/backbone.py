@@ -23,12 +23,12 @@ from ee_tuning.config import WeightFormat
 from ee_tuning.model.activation import activation
 from ee_tuning.model.attention import CausalAttention, softmax_scale
 from ee_tuning.model.cast import cast_parameters
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments, rotations
 from ee_tuning.model.experts import dispatch_in_place, expert_fields
 from ee_tuning.model.norm import backbone_norm
 from ee_tuning.model.quantized_linear import quantize_layer
 from ee_tuning.model.rope import rotary_angles
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.topology import Topology
 
 # s sequence · b micro-batch · h hidden · v/tp this rank's shard of the vocabulary

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig, RopeConfig
+from ee_tuning.model_config.config import ModelConfig, RopeConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ee_tuning.model.attention import softmax_scale
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_head import ExitHead, ExitInput, ExitMLP
 from ee_tuning.model.norm import exit_norm
 from ee_tuning.model.rope import inverse_frequencies
 from ee_tuning.model.sequence_parallel import gather_sequence, reduce_scatter_sequence
 from ee_tuning.model.unrolled_attention import unrolled_attention
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.tp_autograd import copy_to_tp, reduce_from_tp
 

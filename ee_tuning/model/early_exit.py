@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ee_tuning.config import WeightFormat
 from ee_tuning.model.backbone import BackboneStage
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_head import ExitHead, ExitInput
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.head_kinds import build_exit_head
 from ee_tuning.model.sequence_parallel import gather_sequence, local_sequence
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.draft_vocab import draft_vocab
 from ee_tuning.parallel.shortlist import exit_vocab
 from ee_tuning.parallel.time_parts import part

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from ee_tuning.model.activation import activation
 from ee_tuning.model.backbone import apply_layer, build_layer
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.low_rank import LowRankMap
 from ee_tuning.model.norm import exit_norm
 from ee_tuning.model.sequence_parallel import gather_sequence, reduce_scatter_sequence
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.tp_autograd import copy_to_tp, reduce_from_tp
 from ee_tuning.parallel.vocab import padded_size

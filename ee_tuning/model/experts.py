@@ -15,8 +15,8 @@ with warnings.catch_warnings():
     from megatron.core.transformer.moe.moe_layer import MoELayer, get_default_pg_collection
     from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 
-from ee_tuning.model.config import ModelConfig
-from ee_tuning.model.megatron_args import moe_layer_freq
+from ee_tuning.model_config.config import ModelConfig
+from ee_tuning.model_config.megatron_args import moe_layer_freq
 from ee_tuning.parallel.fake_tensor import is_fake
 from ee_tuning.parallel.tp_autograd import copy_to_tp, reduce_from_tp
 

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ee_tuning.config import Architecture
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.eagle3 import Eagle3Head
 from ee_tuning.model.exit_head import (
     AdapterHead,
@@ -16,6 +15,7 @@ from ee_tuning.model.exit_head import (
     NormHead,
 )
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.topology import Topology
 
 _CLASSES: dict[Architecture, type[ExitHead]] = {

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.sequence_parallel import gather_sequence, reduce_scatter_sequence
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.tp_autograd import copy_to_tp, reduce_from_tp
 

@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 
 
 class RMSNorm(nn.RMSNorm):

@@ -3,8 +3,8 @@
 import itertools
 
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.model_config.config import ModelConfig
 
 
 def layer_cost(config: ModelConfig, layer: int, seq_length: int) -> float:

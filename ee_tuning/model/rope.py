@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ee_tuning.model.config import ModelConfig, RopeConfig
+from ee_tuning.model_config.config import ModelConfig, RopeConfig
 
 # s positions · d width of a head
 

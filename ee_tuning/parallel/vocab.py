@@ -1,7 +1,7 @@
 """Functions of all of the vocabulary's logits, computed on this rank's shard of them.
 
 Ids of padding (the vocabulary size and above) are cut off first, so they never win and never count in a sum. No
-function here records gradients; the loss, which needs them, is in ee_tuning/tuning/loss.py.
+function here records gradients; the loss, which needs them, is in ee_tuning/losses/loss.py.
 """
 
 # v vocabulary · v/tp this rank's rows, padding included · … any leading dimensions; every number of rows is the same on

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ee_tuning.json_file import to_json
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.planning.advise import FORMULA, SHARES, Way, gpu_hours, read_sizes
 from ee_tuning.planning.gpus import Gpu
 from ee_tuning.text_table import table_lines

@@ -14,9 +14,9 @@ from ee_tuning.checkpoint.model_size import parameters_by_part, tensor_parts
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.config import Architecture
 from ee_tuning.export.plain_exit import plain_exit
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.draft_spec import can_draft, draft_spec
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.model_config.config import ModelConfig
 
 FORMULA = (
     "pass = parameters that a token reads: layers (of experts, those it is routed to), last norm, output matrix. At small batches "

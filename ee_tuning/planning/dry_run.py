@@ -25,6 +25,8 @@ from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.splits import check_data_settings
 from ee_tuning.data.tokens import DocumentRules, PackedSamples, Splits
 from ee_tuning.errors import InputError
+from ee_tuning.losses.loss import ExitLoss
+from ee_tuning.losses.teacher_channel import TeacherChannel
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.parallel.fake_world import fake_world
 from ee_tuning.parallel.relay import NextAction
@@ -33,12 +35,10 @@ from ee_tuning.planning.dry_fit import print_fit, profile_fit
 from ee_tuning.planning.dry_relay import DryRelay
 from ee_tuning.planning.memory_tracker import MemoryTracker
 from ee_tuning.tuning.exit_trainer import ExitTrainer
-from ee_tuning.tuning.loss import ExitLoss
 from ee_tuning.tuning.microbatch_schedule import Microbatch
 from ee_tuning.tuning.optimizer import ExitOptimizer
 from ee_tuning.tuning.settings import check_settings
 from ee_tuning.tuning.stage_forward import StageForward, StageOutput
-from ee_tuning.tuning.teacher_channel import TeacherChannel
 from ee_tuning.tuning.tuner import Tuner
 
 

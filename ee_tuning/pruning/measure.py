@@ -18,7 +18,7 @@ from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokenizer import tokenizer_of
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.layer_stream import SAMPLE_LENGTH, LayerStream, angular_distances, text_ids
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard, log_probabilities_of
 from ee_tuning.progress import ProgressLines

@@ -9,7 +9,7 @@ from ee_tuning.checkpoint.hf_names import HF_NAMES
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.export.export_source import ExportSource
 from ee_tuning.export.plain_folder import plain_description
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.renamed_tensors import RenamedTensors
 
 

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from ee_tuning.config import Config
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
-from ee_tuning.engine.exit_fusion import check_one_head
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.evaluation_folder import OWNER
 from ee_tuning.evaluation.points import Point, PolicySweep, check_thresholds
@@ -29,6 +28,7 @@ from ee_tuning.public_benchmarks.benchmark_folder import BenchmarkFolder, Figure
 from ee_tuning.public_benchmarks.code_runner import ProgramResult
 from ee_tuning.public_benchmarks.driver import Driver, drive
 from ee_tuning.public_benchmarks.lm_eval_run import HarnessTasks
+from ee_tuning.sampling.exit_fusion import check_one_head
 from ee_tuning.storage.apart import check_apart
 from ee_tuning.storage.owner import owned
 

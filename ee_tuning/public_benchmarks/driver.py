@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.job import Job
@@ -20,6 +19,7 @@ from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.replicas import over_replicas
 from ee_tuning.generation.scoring import Score, TokenPair, score_by, token_pairs
 from ee_tuning.parallel.watchdog import hang_watchdog
+from ee_tuning.sampling.policy import Policy
 
 Result = TypeVar("Result")
 

@@ -12,14 +12,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.job import Job
 from ee_tuning.json_file import parse_json, to_json
 from ee_tuning.public_benchmarks.code_runner import ProgramResult, run_programs
 from ee_tuning.public_benchmarks.driver import Driver
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import Policy
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Strings that end a completion, as in the paper."""

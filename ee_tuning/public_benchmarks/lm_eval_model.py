@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from ee_tuning.data.chat_template import ChatTemplate
 from ee_tuning.data.tokenizer import beginning_ids, begun
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.options import with_options
 from ee_tuning.generation.scoring import TokenPair
 from ee_tuning.public_benchmarks.driver import Driver, TextScore
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import Policy
 
 NAME = "ee-tuning"
 MAX_NEW_TOKENS = 256

@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.public_benchmarks.driver import Driver
+from ee_tuning.sampling.policy import Policy
 
 NOTE = (
     "log-likelihoods are teacher-forced by exit: each token has the distribution of the exit at which its position leaves under the "

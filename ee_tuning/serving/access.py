@@ -10,8 +10,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ee_tuning.json_file import to_json
-from ee_tuning.serving.api_errors import error_body
-from ee_tuning.serving.responses import ErrorJson
+from ee_tuning.openai_protocol.api_errors import error_body
+from ee_tuning.openai_protocol.responses import ErrorJson
 
 log = logging.getLogger("ee_tuning.serving")
 

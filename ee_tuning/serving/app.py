@@ -11,15 +11,15 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ee_tuning import __version__
 from ee_tuning.errors import InputError
+from ee_tuning.openai_protocol.api_errors import ApiError, error_body
+from ee_tuning.openai_protocol.openapi import tell_true_answers
+from ee_tuning.openai_protocol.responses import ClientLeft, ErrorJson
 from ee_tuning.serving.access import Access
-from ee_tuning.serving.api_errors import ApiError, error_body
 from ee_tuning.serving.completions_api import CompletionsApi
 from ee_tuning.serving.engine_client import EngineClient
 from ee_tuning.serving.information_api import InformationApi
 from ee_tuning.serving.metrics import Metrics
-from ee_tuning.serving.openapi import tell_true_answers
 from ee_tuning.serving.request_jobs import RequestJobs
-from ee_tuning.serving.responses import ClientLeft, ErrorJson
 from ee_tuning.serving.settings import ServeSettings
 from ee_tuning.serving.tracing import Tracing
 

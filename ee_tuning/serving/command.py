@@ -10,11 +10,11 @@ from pathlib import Path
 from ee_tuning.config import Config, replace
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion_runner import CompletionRunner
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
+from ee_tuning.sampling.params import SamplingParams
 from ee_tuning.serving.app import build_app
 from ee_tuning.serving.cache_size import cache_size
 from ee_tuning.serving.engine_client import EngineClient

@@ -10,17 +10,17 @@ from fastapi import APIRouter, Request, Response
 
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
-from ee_tuning.serving.answer import Answer, Json
-from ee_tuning.serving.api_errors import ApiError
-from ee_tuning.serving.chat_answer import ChatAnswer
+from ee_tuning.openai_protocol.answer import Answer, Json
+from ee_tuning.openai_protocol.api_errors import ApiError
+from ee_tuning.openai_protocol.chat_answer import ChatAnswer
+from ee_tuning.openai_protocol.responses import EventStream, StrictJson, unless_client_leaves
+from ee_tuning.openai_protocol.schemas import ChatCompletionBody, CompletionBody, SamplingBody
+from ee_tuning.openai_protocol.strict_request import StrictRoute
+from ee_tuning.openai_protocol.text_answer import TextAnswer
+from ee_tuning.openai_protocol.token_texts import TokenTexts
 from ee_tuning.serving.engine_client import EngineClient, RunningRequest
 from ee_tuning.serving.metrics import Metrics
 from ee_tuning.serving.request_jobs import RequestJobs
-from ee_tuning.serving.responses import EventStream, StrictJson, unless_client_leaves
-from ee_tuning.serving.schemas import ChatCompletionBody, CompletionBody, SamplingBody
-from ee_tuning.serving.strict_request import StrictRoute
-from ee_tuning.serving.text_answer import TextAnswer
-from ee_tuning.serving.token_texts import TokenTexts
 from ee_tuning.serving.tracing import TracedRequest, Tracing
 
 _tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")

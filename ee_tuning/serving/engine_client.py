@@ -7,7 +7,7 @@ from typing import Any
 
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.job import Job
-from ee_tuning.serving.api_errors import ApiError
+from ee_tuning.openai_protocol.api_errors import ApiError
 from ee_tuning.serving.engine_loop import Abort, Add, EngineLoop, TokenEvent
 from ee_tuning.serving.metrics import Metrics
 

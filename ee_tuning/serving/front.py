@@ -11,14 +11,14 @@ from fastapi import FastAPI, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from ee_tuning.json_file import parse_json, to_json
-from ee_tuning.serving.api_errors import ApiError, error_body
+from ee_tuning.openai_protocol.api_errors import ApiError, error_body
+from ee_tuning.openai_protocol.responses import StrictJson, send_until_left, unless_client_leaves
+from ee_tuning.openai_protocol.strict_request import StrictRequest
 from ee_tuning.serving.app import add_access, add_error_handlers
 from ee_tuning.serving.metrics import CONTENT_TYPE
 from ee_tuning.serving.replica_set import Lease, ReplicaSet
-from ee_tuning.serving.responses import StrictJson, send_until_left, unless_client_leaves
 from ee_tuning.serving.routing import Asked, asked_of
 from ee_tuning.serving.settings import ServeSettings
-from ee_tuning.serving.strict_request import StrictRequest
 
 _DECODING = ("/v1/completions", "/v1/chat/completions")
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]

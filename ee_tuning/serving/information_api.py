@@ -8,14 +8,14 @@ from fastapi import APIRouter, Response
 
 from ee_tuning import __version__
 from ee_tuning.errors import InputError
-from ee_tuning.serving.api_errors import ApiError
+from ee_tuning.openai_protocol.api_errors import ApiError
+from ee_tuning.openai_protocol.responses import StrictJson
+from ee_tuning.openai_protocol.schemas import DetokenizeBody, TokenizeBody
+from ee_tuning.openai_protocol.strict_request import StrictRoute
 from ee_tuning.serving.completions_api import CompletionsApi, in_tokenizer_thread
 from ee_tuning.serving.engine_client import EngineClient
 from ee_tuning.serving.metrics import CONTENT_TYPE, Metrics
 from ee_tuning.serving.request_jobs import RequestJobs
-from ee_tuning.serving.responses import StrictJson
-from ee_tuning.serving.schemas import DetokenizeBody, TokenizeBody
-from ee_tuning.serving.strict_request import StrictRoute
 
 Endpoint = Callable[..., Awaitable[Response]]
 

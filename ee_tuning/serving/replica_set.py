@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import aiohttp
 
-from ee_tuning.serving.api_errors import ApiError
+from ee_tuning.openai_protocol.api_errors import ApiError
 from ee_tuning.serving.joined_metrics import joined_metrics
 from ee_tuning.serving.routing import Asked, Router
 

@@ -7,16 +7,16 @@ from typing import Any
 from ee_tuning.data.chat_template import ChatTemplate
 from ee_tuning.data.messages import chat_messages
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.engine.requests import check_request
 from ee_tuning.errors import InputError
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.options import params_of, with_options
-from ee_tuning.serving.answer_form import answer_form, by_request_names
-from ee_tuning.serving.schemas import ChatCompletionBody, CompletionBody, SamplingBody
-from ee_tuning.serving.tool_calls import ToolUse, for_template, form_with_calls, tool_use
+from ee_tuning.openai_protocol.answer_form import answer_form, by_request_names
+from ee_tuning.openai_protocol.schemas import ChatCompletionBody, CompletionBody, SamplingBody
+from ee_tuning.openai_protocol.tool_calls import ToolUse, for_template, form_with_calls, tool_use
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import FULL, Policy
 
 COMPLETION_TOKENS = 16
 """max_tokens of /v1/completions by default, as OpenAI has it; a chat may fill the context."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ee_tuning.errors import InputError
-from ee_tuning.serving.tool_formats import FORMATS
+from ee_tuning.openai_protocol.tool_formats import FORMATS
 
 
 @dataclass(frozen=True, kw_only=True)

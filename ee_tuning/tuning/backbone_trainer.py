@@ -21,6 +21,8 @@ from ee_tuning.checkpoint.trained_names import (
 )
 from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
+from ee_tuning.losses.drafting import Targets
+from ee_tuning.losses.loss import ExitLoss, linear_loss
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.lora import Lora, add_lora
 from ee_tuning.model.sequence_parallel import gather_sequence
@@ -29,8 +31,6 @@ from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.backbone_optimizer import BackboneOptimizer, TrainedParameter
-from ee_tuning.tuning.drafting import Targets
-from ee_tuning.tuning.loss import ExitLoss, linear_loss
 from ee_tuning.tuning.settings import final_objective
 from ee_tuning.tuning.stage_forward import StageOutput
 

@@ -17,17 +17,17 @@ from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokenizer import tokenizer_of
 from ee_tuning.data.tokens import Samples, Splits
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import layer_parts
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import Fit
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.notices import warn
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.time_report import check_profile_folder, time_report
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
-from ee_tuning.tuning.dashboards import check_dashboards
+from ee_tuning.training_log.dashboards import check_dashboards
+from ee_tuning.training_log.plots import write_plots
 from ee_tuning.tuning.fitting import fit_exits, fit_record, fit_samples
-from ee_tuning.tuning.plots import write_plots
 from ee_tuning.tuning.run_folder import EXIT_HEADS, check_run_folder, open_run_folder, owned_run_folder
 from ee_tuning.tuning.settings import check_settings
 from ee_tuning.tuning.state import latest_checkpoint

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 from ee_tuning.config import TuningSection
+from ee_tuning.losses.drafting import Drafting, Targets
+from ee_tuning.losses.loss import ExitLoss, linear_loss
+from ee_tuning.losses.loss_metrics import Divisor, LossSums, training_figures, validation_figures
+from ee_tuning.losses.teacher import Lesson
+from ee_tuning.losses.teacher_channel import TeacherChannel
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.pinned_staging import to_device
@@ -16,20 +21,15 @@ from ee_tuning.parallel.relay import NextAction
 from ee_tuning.parallel.time_parts import count_step, part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
+from ee_tuning.training_log.metrics import MetricsGatherer
+from ee_tuning.training_log.throughput import Throughput
 from ee_tuning.tuning.backbone_trainer import BackboneTrainer, Root
-from ee_tuning.tuning.drafting import Drafting, Targets
 from ee_tuning.tuning.layer_skip import active_exits
-from ee_tuning.tuning.loss import ExitLoss, linear_loss
-from ee_tuning.tuning.loss_metrics import Divisor, LossSums, training_figures, validation_figures
-from ee_tuning.tuning.metrics import MetricsGatherer
 from ee_tuning.tuning.optimizer import ExitOptimizer, ExitUpdate, update_exits
 from ee_tuning.tuning.schedule import learning_rate, loss_weight_ramp
 from ee_tuning.tuning.sequence_chunks import JoinedChunks
 from ee_tuning.tuning.settings import objective
 from ee_tuning.tuning.stage_forward import StageOutput
-from ee_tuning.tuning.teacher import Lesson
-from ee_tuning.tuning.teacher_channel import TeacherChannel
-from ee_tuning.tuning.throughput import Throughput
 
 
 class ExitTrainer:

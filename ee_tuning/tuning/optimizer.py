@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor
 
 from ee_tuning.artifact.exit_names import is_replicated
 from ee_tuning.config import TuningSection
+from ee_tuning.losses.loss_metrics import SUMS, Divisor, LossSums, Means, mean_metrics
 from ee_tuning.model.cast import cast_parameters
 from ee_tuning.model.exit_head import ExitHead
 from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.tuning.loss_metrics import SUMS, Divisor, LossSums, Means, mean_metrics
 
 
 @dataclass(frozen=True)

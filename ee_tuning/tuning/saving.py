@@ -16,7 +16,7 @@ from torch import Tensor
 from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.pinned_staging import PinnedStaging
 from ee_tuning.parallel.topology import Topology

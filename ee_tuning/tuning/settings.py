@@ -4,7 +4,7 @@ import math
 
 from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
-from ee_tuning.tuning.objective import Objective
+from ee_tuning.losses.objective import Objective
 
 _TERMS = ("cross_entropy", "forward_kl", "total_variation", "lk")
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ee_tuning.losses.teacher import Lesson, Teacher
+from ee_tuning.losses.teacher_channel import TeacherChannel
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
@@ -21,8 +23,6 @@ from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.microbatch_schedule import Microbatch
 from ee_tuning.tuning.sequence_chunks import documents_of
-from ee_tuning.tuning.teacher import Lesson, Teacher
-from ee_tuning.tuning.teacher_channel import TeacherChannel
 from ee_tuning.tuning.teacher_model import TeacherModel
 
 

@@ -26,7 +26,7 @@ with warnings.catch_warnings():
 from ee_tuning.artifact.exit_names import exit_shard, is_replicated
 from ee_tuning.checkpoint.names import merge_shards
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.manifest import check_file, read_manifest

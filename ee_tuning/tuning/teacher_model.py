@@ -16,11 +16,11 @@ from ee_tuning.checkpoint.formats import check_model, model_folder, open_model
 from ee_tuning.config import Config, ModelSection
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.losses.teacher import HiddenTeacher
 from ee_tuning.model.documents import PackedDocuments
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.tuning.teacher import HiddenTeacher
 
 
 class TeacherModel:

@@ -18,7 +18,7 @@ from ee_tuning.checkpoint.trained_names import lora_targets, trained_shapes
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.manifest import MANIFEST

@@ -21,15 +21,17 @@ from ee_tuning.config import Config, replace
 from ee_tuning.data.loader import BatchSource, validation_batches
 from ee_tuning.data.tokens import Splits
 from ee_tuning.json_file import to_json
+from ee_tuning.losses.teacher_channel import TeacherChannel
 from ee_tuning.model.draft_spec import draft_tree
 from ee_tuning.parallel.collectives import gather_lists, on_first_rank
 from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.training_log.log_sinks import open_log_sinks
+from ee_tuning.training_log.metrics import MetricsGatherer
+from ee_tuning.training_log.throughput import Throughput
 from ee_tuning.tuning.backbone_trainer import BackboneTrainer
 from ee_tuning.tuning.exit_trainer import ExitTrainer
 from ee_tuning.tuning.layer_skip import dropped_layers
-from ee_tuning.tuning.log_sinks import open_log_sinks
-from ee_tuning.tuning.metrics import MetricsGatherer
 from ee_tuning.tuning.microbatch_schedule import Microbatch, MicrobatchSchedule
 from ee_tuning.tuning.optimizer import ExitOptimizer
 from ee_tuning.tuning.save_stop_policy import SaveStopPolicy
@@ -45,9 +47,7 @@ from ee_tuning.tuning.state import (
     whole_tensors,
 )
 from ee_tuning.tuning.stopping import StopRequest
-from ee_tuning.tuning.teacher_channel import TeacherChannel
 from ee_tuning.tuning.teacher_model import TeacherModel
-from ee_tuning.tuning.throughput import Throughput
 from ee_tuning.tuning.trained_weights import save_trained_weights
 
 

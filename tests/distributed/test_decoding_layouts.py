@@ -12,9 +12,9 @@ from ee_tuning.artifact.load import LoadedModel, load_for_generation
 from ee_tuning.calibration.calibrate import read_exits
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import Policy
 from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import Policy
 
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64]]
 NEW_TOKENS = 16

@@ -12,9 +12,9 @@ from ee_tuning import EarlyExitLLM
 from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import FULL, Policy
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
 POLICIES = [

@@ -7,10 +7,10 @@ import torch
 from test_vocab_parallel import LAYOUTS, B, H, S, _rows, _shard
 from world import World
 
+from ee_tuning.losses.loss import linear_loss
+from ee_tuning.losses.objective import Objective
+from ee_tuning.losses.teacher import HiddenTeacher, Teacher, top_k_teacher
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.loss import linear_loss
-from ee_tuning.tuning.objective import Objective
-from ee_tuning.tuning.teacher import HiddenTeacher, Teacher, top_k_teacher
 
 MIXTURES = [
     Objective(cross_entropy=0.3, forward_kl=0.5),

@@ -10,9 +10,9 @@ from random_models import random_llama
 from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import load_config
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import FULL, Policy
 
 SAID = (3, 60, 97)
 """All that the head drafts and the model says, so that drafts are right at times; on two shards of the vocabulary."""

@@ -17,7 +17,7 @@ from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader, read_backbone_tensor
 from ee_tuning.config import ModelSection, ParallelSection, load_config
 from ee_tuning.export.megatron_writer import write_megatron
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model_config.config import read_model_config
 from ee_tuning.parallel.topology import init_parallel
 
 

@@ -8,9 +8,9 @@ from random_models import random_llama
 from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.exit_fusion import ExitFusion
-from ee_tuning.engine.params import SamplingParams
 from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.sampling.exit_fusion import ExitFusion
+from ee_tuning.sampling.params import SamplingParams
 
 PROMPTS = [[41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64]]
 FUSIONS = (

@@ -7,12 +7,12 @@ import pytest
 from harness_tasks import write_subject
 
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.errors import InputError
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.public_benchmarks.driver import Driver, drive
 from ee_tuning.public_benchmarks.lm_eval_run import HarnessTasks, run_harness
+from ee_tuning.sampling.policy import FULL, Policy
 
 POLICIES = {"full": FULL, "threshold": Policy(thresholds={2: 0.3, 4: 0.5})}
 

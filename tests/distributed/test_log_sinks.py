@@ -12,8 +12,8 @@ from tuning_jobs import NUM_STEPS, configure, make_tuner
 
 from ee_tuning.config import Config, replace
 from ee_tuning.errors import InputError
-from ee_tuning.tuning.dashboards import check_dashboards, scalars, weights_and_biases
-from ee_tuning.tuning.plots import write_plots
+from ee_tuning.training_log.dashboards import check_dashboards, scalars, weights_and_biases
+from ee_tuning.training_log.plots import write_plots
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from world import World
 from ee_tuning import cli
 from ee_tuning.config import ParallelSection
 from ee_tuning.model.backbone import transformer_config
-from ee_tuning.model.config import read_model_config
-from ee_tuning.model.megatron_args import megatron_arguments
+from ee_tuning.model_config.config import read_model_config
+from ee_tuning.model_config.megatron_args import megatron_arguments
 from ee_tuning.parallel.topology import init_parallel
 
 CASES: list[tuple[str, dict[str, Any], torch.dtype, list[tuple[int, int]]]] = [

@@ -6,9 +6,9 @@ from random_models import random_llama
 
 from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.engine.policy import policy_of
 from ee_tuning.generation.scoring import Score, score, score_by
 from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.sampling.policy import policy_of
 
 PAIRS = [
     ([5, 17, 80, 3, 9], [41, 6, 7]),

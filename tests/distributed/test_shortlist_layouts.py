@@ -13,13 +13,13 @@ from world import World
 from ee_tuning import config as job
 from ee_tuning.artifact.load import load_for_tuning
 from ee_tuning.config import Config, ParallelSection
+from ee_tuning.losses.loss import linear_loss
+from ee_tuning.losses.objective import Objective
+from ee_tuning.losses.teacher import HiddenTeacher, top_k_teacher
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.parallel.shortlist import Shortlist, token_logits, token_top1
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.parallel.vocab import VocabShard, padded_size
-from ee_tuning.tuning.loss import linear_loss
-from ee_tuning.tuning.objective import Objective
-from ee_tuning.tuning.teacher import HiddenTeacher, top_k_teacher
 from ee_tuning.tuning.tuner import Tuner
 
 LISTED = ListedTokens(token_ids=(0, 3, 5, 20, 21, 22, 24, 49, 60, 100), num_tokens=1, num_listed=1)

@@ -13,10 +13,10 @@ from working_time import DrainingWork
 from world import World
 
 from ee_tuning.config import Config, replace
+from ee_tuning.losses.teacher_channel import TeacherChannel
 from ee_tuning.tuning import tuner as tuner_module
 from ee_tuning.tuning.exit_trainer import ExitTrainer
 from ee_tuning.tuning.saving import Saver
-from ee_tuning.tuning.teacher_channel import TeacherChannel
 
 # An exit on every layer, so that every stage has losses and an optimizer; 2 micro-batches a step, and 3 in each of 4
 # validations.

@@ -8,9 +8,9 @@ from torch import Tensor
 from world import World
 
 from ee_tuning.config import ParallelSection
+from ee_tuning.losses.loss import linear_cross_entropy, token_losses
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.parallel.vocab import VocabShard, gather_logits, log_sum_exp, top1
-from ee_tuning.tuning.loss import linear_cross_entropy, token_losses
 
 S, B, H = 5, 3, 8
 # 5 ids in 4 shards of 2 rows leave the last shard nothing but padding.

@@ -26,11 +26,11 @@ from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.demo.demo_model import smollm2
-from ee_tuning.engine.params import SamplingParams
 from ee_tuning.evaluation.acceptance import Acceptance, acceptance, agreement
 from ee_tuning.export.draft_card import NUM_DRAFTS, TRIED
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.sampling.params import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 ENGINES = os.environ.get("EE_TUNING_ENGINES", "")

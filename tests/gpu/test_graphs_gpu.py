@@ -48,7 +48,7 @@ import torch
 from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
+from ee_tuning.sampling.params import SamplingParams
 from ee_tuning.parallel.topology import init_parallel
 from decoding import policy_for, run_all
 from exits import write_exits

@@ -17,7 +17,7 @@ from random_models import random_llama
 
 from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
+from ee_tuning.sampling.params import SamplingParams
 
 NEW_TOKENS = 24
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64], [99, 1, 0]]

@@ -13,10 +13,10 @@ from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.config import load_config
 from ee_tuning.engine import draft_head_proposer
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import Policy, policy_of
 from ee_tuning.errors import InputError
 from ee_tuning.model.eagle3 import Eagle3Head
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import Policy, policy_of
 
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64] * 3, [99, 1, 0]]
 LISTED = tuple(range(0, 101, 2))

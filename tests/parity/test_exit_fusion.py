@@ -9,11 +9,11 @@ from mixtures import LAYERS, Subject
 from torch.nn.functional import kl_div
 
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.exit_fusion import ExitFusion
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.errors import InputError
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.sampling.exit_fusion import ExitFusion
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import FULL, Policy
 
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64]]
 FUSIONS = {

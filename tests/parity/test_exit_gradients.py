@@ -17,8 +17,8 @@ from ee_tuning.artifact.exit_names import exit_shard
 from ee_tuning.artifact.load import load_for_tuning
 from ee_tuning.checkpoint.names import merge_shards
 from ee_tuning.config import Architecture, ParallelSection, load_config
+from ee_tuning.losses.loss import linear_cross_entropy
 from ee_tuning.parallel.topology import init_parallel
-from ee_tuning.tuning.loss import linear_cross_entropy
 
 TOKENS = [5, 17, 80, 3, 9, 77, 0, 41, 12, 60]
 

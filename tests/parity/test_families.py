@@ -16,8 +16,8 @@ from ee_tuning.config import load_config
 from ee_tuning.errors import InputError
 from ee_tuning.export.megatron_writer import write_megatron
 from ee_tuning.kernel import calls
-from ee_tuning.model.config import model_config_from_hf, read_model_config
-from ee_tuning.model.huggingface_config import huggingface_config
+from ee_tuning.model_config.config import model_config_from_hf, read_model_config
+from ee_tuning.model_config.huggingface_config import huggingface_config
 
 LONGROPE = {
     "rope_type": "longrope",

@@ -15,7 +15,7 @@ from ee_tuning import cli
 from ee_tuning.artifact.inspect import model_facts
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.config import ModelSection
-from ee_tuning.model.gguf_config import llama3_factors
+from ee_tuning.model_config.gguf_config import llama3_factors
 
 SHAPE = {
     "hidden_size": 256,

@@ -14,8 +14,8 @@ from random_models import random_llama
 from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.native_step import NativeStage
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import FULL
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import FULL
 
 PROMPTS = [[5, 17, 80, 3, 9], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64]]
 NEW_TOKENS = 24

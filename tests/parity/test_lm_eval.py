@@ -11,7 +11,6 @@ import torch
 from byte_tokenizer import write_byte_tokenizer
 from harness_tasks import write_subject, write_tasks
 
-from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.errors import InputError
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.json_file import parse_json
@@ -23,6 +22,7 @@ from ee_tuning.public_benchmarks.lm_eval_run import (
     results_table,
     run_harness,
 )
+from ee_tuning.sampling.policy import FULL, Policy
 
 pytest.importorskip("lm_eval", reason="pip install 'ee_tuning[eval]'")  # brings datasets
 

@@ -16,10 +16,10 @@ from random_models import random_llama
 from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.engine.engine import Engine, TokenStep
 from ee_tuning.engine.native_step import NativeStage
-from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.step_plan import RowOutput, RowPlan
 from ee_tuning.kernel import build
+from ee_tuning.sampling.params import SamplingParams
 
 pytestmark = pytest.mark.skipif(build._compiler() is None, reason="no C++ compiler")
 

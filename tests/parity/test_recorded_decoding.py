@@ -15,9 +15,9 @@ from recorded import ImitatedGraph, imitate_flash_attention, record_on_cpu
 from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.engine.cost_model import Costs
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.speculation import Speculation
 from ee_tuning.kernel import calls
+from ee_tuning.sampling.params import SamplingParams
 
 NEW_TOKENS = 18
 BEGINNING = [(7 * i + 3) % 101 for i in range(20)]

@@ -11,10 +11,10 @@ from decoding import run_all
 from mixtures import LAYERS, Subject, mixture, own_penalties, theirs
 
 from ee_tuning.engine.engine import TokenStep
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.errors import InputError
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import FULL, Policy
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from plain_decoder import PlainDecoder, confidence
 from random_models import random_model
 
 from ee_tuning.config import load_config
-from ee_tuning.engine.policy import policy_of
 from ee_tuning.errors import InputError
 from ee_tuning.generation import scoring
 from ee_tuning.generation.scoring import Score, score, score_by, token_pairs
+from ee_tuning.sampling.policy import policy_of
 
 PAIRS = [
     ([5, 17, 80, 3, 9], [41, 6, 7]),

@@ -10,8 +10,8 @@ from mixtures import STEMS, Subject
 
 from ee_tuning.engine.block_pool import BlockPool, block_key
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.sequence import Sequence
+from ee_tuning.sampling.params import SamplingParams
 
 POLICIES: list[dict[str, Any]] = [
     {"policy": "full"},

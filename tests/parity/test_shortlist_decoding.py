@@ -14,11 +14,11 @@ from torch import Tensor
 from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.decoding.decode_head import DecodeExitHead
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import Policy
 from ee_tuning.generation.scoring import score
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.shortlist import UNSURE
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import Policy
 
 LISTED = tuple(range(0, 101, 3))
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64], [99, 1, 0]]

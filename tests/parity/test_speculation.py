@@ -15,9 +15,9 @@ from random_models import random_llama
 from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.engine.cost_model import Costs, expected_costs, measure_costs
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.speculation import CREDIT_PER_ROUND, FIRST_CREDIT, Speculation
 from ee_tuning.engine.step_plan import Answer
+from ee_tuning.sampling.params import SamplingParams
 
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64], [99, 1, 0]]
 NEW_TOKENS = 40

@@ -29,7 +29,7 @@ from random_models import random_llama
 from safetensors_stress import read_model
 
 from ee_tuning import cli
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model_config.config import read_model_config
 
 _BYTES: dict[str, Callable[[random.Random, Path], Path]] = {
     "bits flipped": flip_bits,

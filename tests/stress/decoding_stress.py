@@ -20,8 +20,8 @@ from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.data.sample_corpus import sample_corpus
 from ee_tuning.demo.demo import CHECKOUT
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.params import SamplingParams
 from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.sampling.params import SamplingParams
 
 MODEL = CHECKOUT / "examples" / "tiny-python-llama"
 PROMPT_BYTES, NEW_TOKENS = 160, 48

@@ -27,7 +27,7 @@ from ee_tuning.checkpoint.verify import verify_folder
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.storage.safetensors_reader import SafetensorsFolder
-from ee_tuning.tuning.metrics import METRICS
+from ee_tuning.training_log.metrics import METRICS
 
 _LONGEST = 120.0  # seconds that a job of these may take on a busy machine
 

@@ -10,7 +10,7 @@ from exits import write_exits
 from random_models import random_llama
 from stages import Way, run_at
 
-from ee_tuning.engine.policy import FULL, Policy
+from ee_tuning.sampling.policy import FULL, Policy
 
 sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 from world import World

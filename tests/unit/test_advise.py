@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ee_tuning import cli
-from ee_tuning.model.config import ModelConfig, read_model_config
+from ee_tuning.model_config.config import ModelConfig, read_model_config
 from ee_tuning.planning.advise import (
     FORMULA,
     gpu_hours,

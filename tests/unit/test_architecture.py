@@ -30,17 +30,19 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("kernel", "config", "progress"),
     ("parallel",),
     ("storage",),
-    ("pictures",),
+    ("pictures", "model_config"),
     ("model",),
-    ("decoding",),
+    ("decoding", "losses"),
     ("checkpoint",),
     ("artifact",),
     ("data",),
+    ("sampling", "training_log"),
     ("engine",),
     ("tuning", "generation"),
     ("export",),
     ("evaluation", "planning"),
     ("calibration", "public_benchmarks", "demo", "pruning"),
+    ("openai_protocol",),
     ("serving",),
     ("flags",),
     ("commands",),
@@ -51,10 +53,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 level.
 """
 
-MEGATRON = ("parallel/", "model/", "data/", "checkpoint/megatron", "tuning/state.py")
+MEGATRON = ("parallel/", "model/", "model_config/", "data/", "checkpoint/megatron", "tuning/state.py")
 """Where megatron.core may be imported: few places, for it changes."""
 
-TORCH_ALONE = ("checkpoint/names.py", "tuning/loss.py", "engine/sampling.py")
+TORCH_ALONE = ("checkpoint/names.py", "losses/loss.py", "sampling/sampling.py")
 """Mathematics that is read, tested and reused without the rest."""
 
 

@@ -9,7 +9,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.storage import atomic_write
 from ee_tuning.storage.atomic_write import atomic_file, atomic_folder, check_file, exchange, remove_leftovers
 from ee_tuning.storage.owner import owned
-from ee_tuning.tuning.metrics import MetricsFile
+from ee_tuning.training_log.metrics import MetricsFile
 
 
 def test_a_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_path: Path) -> None:

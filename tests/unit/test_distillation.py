@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from plain_loss import PADDED, B, H, LossInputs, S, V, check_chunked, named_events, plain_objective
 from torch import Tensor
 
+from ee_tuning.losses.loss import linear_loss
+from ee_tuning.losses.objective import Objective
+from ee_tuning.losses.teacher import HiddenTeacher, TopKTeacher, top_k_teacher
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.loss import linear_loss
-from ee_tuning.tuning.objective import Objective
-from ee_tuning.tuning.teacher import HiddenTeacher, TopKTeacher, top_k_teacher
 
 SHARD = VocabShard(V, 0, PADDED, None, 1)
 MIXTURES = [

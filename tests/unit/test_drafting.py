@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ee_tuning.losses.drafting import Drafting, Targets, draft_metrics
+from ee_tuning.losses.loss import STATISTICS, linear_loss
+from ee_tuning.losses.objective import LK_RATE, Objective
+from ee_tuning.losses.teacher import HiddenTeacher
 from ee_tuning.parallel.draft_vocab import draft_vocab
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.drafting import Drafting, Targets, draft_metrics
-from ee_tuning.tuning.loss import STATISTICS, linear_loss
-from ee_tuning.tuning.objective import LK_RATE, Objective
-from ee_tuning.tuning.teacher import HiddenTeacher
 
 S, B, H, V, K, DECAY = 9, 2, 5, 13, 3, 0.5
 ALONE: Any = SimpleNamespace(tp=1, tp_rank=0, tp_group=None, device=torch.device("cpu"))

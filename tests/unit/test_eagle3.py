@@ -11,12 +11,12 @@ from random_models import random_model
 from torch import Tensor
 
 from ee_tuning.config import ParallelSection
-from ee_tuning.model.config import RopeConfig
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.draft_spec import DraftSpec
 from ee_tuning.model.eagle3 import Eagle3Head
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.head_kinds import build_exit_head
+from ee_tuning.model_config.config import RopeConfig
 from ee_tuning.parallel.topology import init_parallel
 
 # s sequence · b rows · h hidden · k steps · v vocabulary
@@ -53,7 +53,7 @@ VARIANTS = {
 
 
 def shape(tmp_path: Path) -> Any:
-    from ee_tuning.model.config import read_model_config
+    from ee_tuning.model_config.config import read_model_config
 
     random_model("llama", tmp_path / "model")
     return read_model_config(tmp_path / "model")

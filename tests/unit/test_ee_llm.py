@@ -14,7 +14,7 @@ from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.config import ModelSection, ParallelSection, load_config
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model_config.config import read_model_config
 from ee_tuning.parallel.topology import init_parallel
 
 TUNED = {

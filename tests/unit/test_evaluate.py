@@ -11,7 +11,6 @@ from exits import write_exits
 from random_models import random_llama
 
 from ee_tuning import EarlyExitLLM, cli
-from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation import evaluate_command
 from ee_tuning.evaluation.evaluate import Procedure, blocks_of, evaluate
@@ -21,6 +20,7 @@ from ee_tuning.evaluation.quality import agreement
 from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.evaluation.task import Task, TaskItem
 from ee_tuning.evaluation.text_metrics import contains
+from ee_tuning.sampling.policy import Policy
 
 LINES: list[dict[str, Any]] = [
     {"prompt": "def f(x):", "answer": "a"},

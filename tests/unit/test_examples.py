@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from ee_tuning.config import Config, load_config, replace
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model_config.config import read_model_config
 from ee_tuning.parallel.topology import destroy_parallel
 from ee_tuning.planning.gpus import gpu
 from ee_tuning.planning.plan import Cluster, TuningPlan, make_plan

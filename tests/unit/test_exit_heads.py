@@ -29,7 +29,7 @@ from ee_tuning.artifact.exit_heads import (
 from ee_tuning.artifact.exit_init import InitialExits
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model_config.config import read_model_config
 
 TENSORS = "exit_heads.safetensors"
 

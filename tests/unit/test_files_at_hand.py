@@ -20,7 +20,7 @@ from ee_tuning.checkpoint.verify import verify_folder
 from ee_tuning.config import ModelSection
 from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model_config.config import read_model_config
 from ee_tuning.storage import links, open_files
 
 INDEX = "model.safetensors.index.json"

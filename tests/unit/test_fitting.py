@@ -26,8 +26,8 @@ from ee_tuning.config import Config, ParallelSection, load_config
 from ee_tuning.data.loader import validation_batches
 from ee_tuning.errors import InputError
 from ee_tuning.export.export_artifact import ExitChoice, export_artifact
-from ee_tuning.model.config import read_model_config
 from ee_tuning.model.fit import RIDGE, FitSums, solved_of_rank
+from ee_tuning.model_config.config import read_model_config
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning import command
 from ee_tuning.tuning.command import convert_by_texts, load_job_samples, tune_within

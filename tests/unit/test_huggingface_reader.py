@@ -14,7 +14,7 @@ from torch import Tensor
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader, read_backbone_tensor
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model_config.config import read_model_config
 
 INDEX = "model.safetensors.index.json"
 

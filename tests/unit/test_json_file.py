@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 OTHERS = {
     "public_benchmarks/confined_program.py": "a program of its own, which may import nothing of the package; texts alone",
-    "tuning/metrics.py": "a message from rank to rank, on which NaN stays NaN",
+    "training_log/metrics.py": "a message from rank to rank, on which NaN stays NaN",
     "data/messages.py": "a text that is looked through, and not written",
     "data/prompt_records.py": "a copy in plain types, as JSON would give it back",
     "data/records.py": "a text that is looked through, and not written",

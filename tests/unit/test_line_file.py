@@ -10,7 +10,7 @@ from ee_tuning.data.documents import file_ranges, read_documents
 from ee_tuning.data.encoding import recipe_of, tokenize_range
 from ee_tuning.generation.prompts import read_prompts
 from ee_tuning.line_file import read_lines
-from ee_tuning.tuning.metrics import MetricsFile
+from ee_tuning.training_log.metrics import MetricsFile
 
 SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"
 """Characters that str.splitlines ends a line at. JSON takes the first three within its texts as they are."""

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ee_tuning.losses.loss import linear_cross_entropy, token_losses
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.loss import linear_cross_entropy, token_losses
 
 S, B, H, V = 7, 3, 16, 37
 

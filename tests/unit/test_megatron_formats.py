@@ -24,9 +24,9 @@ from ee_tuning.config import ModelSection, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.export.megatron_writer import write_megatron
 from ee_tuning.generation.llm import EarlyExitLLM
-from ee_tuning.model.config import model_config_from_hf, read_model_config
-from ee_tuning.model.huggingface_config import huggingface_config
-from ee_tuning.model.megatron_args import model_config_from_megatron
+from ee_tuning.model_config.config import model_config_from_hf, read_model_config
+from ee_tuning.model_config.huggingface_config import huggingface_config
+from ee_tuning.model_config.megatron_args import model_config_from_megatron
 from ee_tuning.storage import distcp_writer
 from ee_tuning.storage.mapped_file import map_file
 from ee_tuning.storage.torch_file import Archive

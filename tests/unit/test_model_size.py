@@ -11,7 +11,7 @@ from random_models import FAMILIES, random_model
 from ee_tuning import cli
 from ee_tuning.checkpoint.model_size import parameters_by_part, parameters_per_layer, tensor_parts
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model_config.config import read_model_config
 
 
 @pytest.mark.slow

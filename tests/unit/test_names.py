@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ee_tuning.artifact.exit_names import exit_copy_source, exit_parameter_names, exit_shard, exit_tensor_shapes
 from ee_tuning.checkpoint.names import backbone_parameter_names, backbone_shard, backbone_tensor_shapes, merge_shards
-from ee_tuning.model.config import ModelConfig, RopeConfig
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.model_config.config import ModelConfig, RopeConfig
 from ee_tuning.storage.safetensors_reader import read_shard
 
 

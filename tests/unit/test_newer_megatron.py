@@ -20,7 +20,7 @@ from ee_tuning.checkpoint.hybrid_layers import HybridLayers
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.checkpoint.verify import verify_folder
 from ee_tuning.config import ModelSection
-from ee_tuning.model.megatron_args import model_config_from_megatron
+from ee_tuning.model_config.megatron_args import model_config_from_megatron
 
 
 def write_hybrid(model: str, folder: str) -> None:

@@ -10,12 +10,12 @@ import torch
 from ee_tuning.config import TuningSection, load_config
 from ee_tuning.config.generation import GenerationSection
 from ee_tuning.engine.kv_cache import KVCache
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.sampling import draw, probabilities
 from ee_tuning.errors import InputError
 from ee_tuning.generation.prompts import job_of
-from ee_tuning.model.config import ModelConfig, RopeConfig
+from ee_tuning.model_config.config import ModelConfig, RopeConfig
 from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.sampling import draw, probabilities
 from ee_tuning.tuning.settings import check_settings
 
 HUGE = 10**400

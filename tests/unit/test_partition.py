@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from ee_tuning.config import load_config
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import model_config_from_hf
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.partition import exit_head_cost, layer_cost, split_layers, stage_layers
+from ee_tuning.model_config.config import model_config_from_hf
 from ee_tuning.parallel.topology import destroy_parallel
 from ee_tuning.planning.dry_run import profile_ranks
 

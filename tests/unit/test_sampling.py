@@ -10,7 +10,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ee_tuning.engine.sampling import draw, draw_key, probabilities, request_key
+from ee_tuning.sampling.sampling import draw, draw_key, probabilities, request_key
 
 
 def _logits(*shape: int, scale: float = 3.0) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 
 from ee_tuning.config import TeacherPlan, TuningSection
 from ee_tuning.errors import InputError
-from ee_tuning.tuning.objective import Objective
+from ee_tuning.losses.objective import Objective
 from ee_tuning.tuning.schedule import learning_rate, loss_weight_ramp
 from ee_tuning.tuning.settings import check_settings, loss_weights, objective
 

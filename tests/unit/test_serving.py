@@ -13,9 +13,9 @@ from exits import write_exits
 from served import MODEL, Served, config_of, served
 
 from ee_tuning import SamplingParams
-from ee_tuning.engine.exit_fusion import ExitFusion
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
+from ee_tuning.sampling.exit_fusion import ExitFusion
 
 pytest.importorskip("fastapi", reason="pip install 'ee_tuning[serve]'")
 openai = pytest.importorskip("openai")
@@ -372,7 +372,7 @@ def test_accepted_drafts_are_counted_by_position():
 
 def test_a_request_may_have_a_priority(server, client):
     """A priority that is refused, or read as another number."""
-    from ee_tuning.serving.schemas import CompletionBody
+    from ee_tuning.openai_protocol.schemas import CompletionBody
 
     made = server.service.jobs.completion_jobs(CompletionBody(prompt=["a", "b"], priority=-3))
     assert [job.priority for job in made] == [-3, -3]

@@ -8,10 +8,10 @@ import pytest
 from exits import write_exits
 from served import MODEL, Served, config_of, served
 
-from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.generation.prompt_scorer import PromptScorer
 from ee_tuning.generation.scoring import score
-from ee_tuning.serving.text_offsets import TextOffsets
+from ee_tuning.openai_protocol.text_offsets import TextOffsets
+from ee_tuning.sampling.policy import FULL, Policy
 
 pytest.importorskip("fastapi", reason="pip install 'ee_tuning[serve]'")
 openai = pytest.importorskip("openai")

@@ -11,13 +11,13 @@ from pydantic import BaseModel, Field
 from served import MODEL, Served, config_of, served
 
 from ee_tuning import SamplingParams
-from ee_tuning.engine.policy import FULL
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion, StreamedToken
 from ee_tuning.generation.job import Job
-from ee_tuning.serving.chat_answer import ChatAnswer
-from ee_tuning.serving.schemas import ChatCompletionBody
-from ee_tuning.serving.tool_calls import tool_use
+from ee_tuning.openai_protocol.chat_answer import ChatAnswer
+from ee_tuning.openai_protocol.schemas import ChatCompletionBody
+from ee_tuning.openai_protocol.tool_calls import tool_use
+from ee_tuning.sampling.policy import FULL
 
 pytest.importorskip("fastapi", reason="pip install 'ee_tuning[serve]'")
 pytest.importorskip("llguidance", reason="pip install 'ee_tuning[structured]'")

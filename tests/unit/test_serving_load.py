@@ -9,10 +9,10 @@ from exits import write_exits
 from served import MODEL, Served, config_of, served
 from serving_load import alone, load, random_bodies
 
-from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.policy import FULL
 from ee_tuning.generation.completion import Completion, StreamedToken
 from ee_tuning.generation.job import Job
+from ee_tuning.sampling.params import SamplingParams
+from ee_tuning.sampling.policy import FULL
 
 pytest.importorskip("fastapi", reason="pip install 'ee_tuning[serve]'")
 pytestmark = pytest.mark.slow

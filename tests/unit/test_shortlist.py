@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from plain_loss import PADDED, B, H, LossInputs, S, V, check_chunked, named_events, plain_objective
 from torch import Tensor
 
+from ee_tuning.losses.objective import Objective
+from ee_tuning.losses.teacher import TopKTeacher, top_k_teacher
 from ee_tuning.parallel.shortlist import (
     UNSURE,
     Shortlist,
@@ -20,8 +22,6 @@ from ee_tuning.parallel.shortlist import (
     token_top1,
 )
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.objective import Objective
-from ee_tuning.tuning.teacher import TopKTeacher, top_k_teacher
 
 ALONE = SimpleNamespace(tp=1, tp_rank=0, tp_group=None, device=torch.device("cpu"))
 IDS = (0, 3, 4, 11, 17, 18, 29, 36)

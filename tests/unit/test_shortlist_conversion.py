@@ -20,8 +20,8 @@ from ee_tuning.config import Config, load_config
 from ee_tuning.data.frequent_tokens import TokenCounts, chosen_size
 from ee_tuning.errors import InputError
 from ee_tuning.export.export_artifact import ExitChoice, export_artifact
-from ee_tuning.model.config import read_model_config
 from ee_tuning.model.fit import RIDGE
+from ee_tuning.model_config.config import read_model_config
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning.command import convert_by_texts, load_job_samples
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from ee_tuning.model.config import read_model_config
+from ee_tuning.losses.objective import THRESHOLDS
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.partition import exit_head_cost, final_head_cost, layer_cost
-from ee_tuning.tuning.objective import THRESHOLDS
-from ee_tuning.tuning.speed_up import implied_speed_ups
+from ee_tuning.model_config.config import read_model_config
+from ee_tuning.training_log.speed_up import implied_speed_ups
 
 MODEL = read_model_config(Path(__file__).parents[2] / "examples" / "tiny-python-llama")
 LAYER = layer_cost(MODEL, 1, 0)  # all alike

@@ -22,13 +22,13 @@ from formed import CHOICE, FORMS, SCHEMA, open_model, write_model
 
 from ee_tuning import EarlyExitLLM, SamplingParams
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.grammar import Grammars
-from ee_tuning.engine.policy import FULL
-from ee_tuning.engine.structured_output import StructuredOutput, structured_output_of
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.prompts import job_of
+from ee_tuning.sampling.grammar import Grammars
+from ee_tuning.sampling.policy import FULL
+from ee_tuning.sampling.structured_output import StructuredOutput, structured_output_of
 
 WAYS: dict[str, dict[str, Any]] = {
     "full": {"policy": "full"},

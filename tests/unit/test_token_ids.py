@@ -12,8 +12,8 @@ import pytest
 from ee_tuning import notices
 from ee_tuning.errors import InputError
 from ee_tuning.generation.llm import EarlyExitLLM
-from ee_tuning.model.config import read_model_config
-from ee_tuning.model.token_ids import generation_end_token_ids
+from ee_tuning.model_config.config import read_model_config
+from ee_tuning.model_config.token_ids import generation_end_token_ids
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
 VOCABULARY = json.loads((TINY / "config.json").read_text())["vocab_size"]

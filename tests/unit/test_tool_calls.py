@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from byte_tokenizer import END, VOCABULARY, write_byte_tokenizer
 
-from ee_tuning.engine.grammar import Grammars
-from ee_tuning.engine.structured_output import StructuredOutput
 from ee_tuning.errors import InputError
-from ee_tuning.serving.tool_calls import form_with_calls, tool_use
-from ee_tuning.serving.tool_formats import FORMATS, ToolCallReader
+from ee_tuning.openai_protocol.tool_calls import form_with_calls, tool_use
+from ee_tuning.openai_protocol.tool_formats import FORMATS, ToolCallReader
+from ee_tuning.sampling.grammar import Grammars
+from ee_tuning.sampling.structured_output import StructuredOutput
 
 pytest.importorskip("llguidance", reason="pip install 'ee_tuning[structured]'")
 jsonschema = pytest.importorskip("jsonschema")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ee_tuning.serving.tool_formats import FORMATS, ToolCallReader
+from ee_tuning.openai_protocol.tool_formats import FORMATS, ToolCallReader
 
 A = '{"name": "add", "arguments": {"x": [1, "}{\\"<"], "y": {"z": null}}}'
 A_ARGUMENTS = '{"x": [1, "}{\\"<"], "y": {"z": null}}'

@@ -21,7 +21,7 @@ from ee_tuning import EarlyExitLLM, cli
 from ee_tuning.config import Config, replace
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_digests
 from ee_tuning.errors import InputError
-from ee_tuning.tuning.dashboards import weights_and_biases
+from ee_tuning.training_log.dashboards import weights_and_biases
 
 CHECKOUT = Path(__file__).parents[2]
 CODE = """from pathlib import Path

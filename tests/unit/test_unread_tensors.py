@@ -24,7 +24,7 @@ from ee_tuning.config import ModelSection, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.export.export_huggingface import export_huggingface
 from ee_tuning.export.megatron_writer import write_megatron
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model_config.config import read_model_config
 
 
 def opened(folder: Path) -> OpenModel:

@@ -13,7 +13,7 @@ from random_models import random_llama
 from safetensors.torch import load_file, save_file
 
 from ee_tuning import cli
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model_config.config import read_model_config
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model_config.config import read_model_config
 
 
 def save_virtual(folder: Path, num_stages: int, *, is_old: bool) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.sampling.policy import FULL, Policy
 from gpu_stages.bench import ROOT, Bench
 from gpu_stages.checks import Check, Finding, at_least
 from gpu_stages.profile import steps_profiled

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ee_tuning.engine.policy import FULL
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.planning.attention_flops import attention_flops
 from ee_tuning.planning.gpus import GPUS, Gpu
+from ee_tuning.sampling.policy import FULL
 from gpu_stages.bench import Bench
 from gpu_stages.checks import Check, Finding, at_least
 from gpu_stages.decoding import TINY, sizes_of

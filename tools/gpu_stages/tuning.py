@@ -16,13 +16,13 @@ from ee_tuning.artifact.shapes import shape_sources
 from ee_tuning.artifact.stage_plans import plan_tuning
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.tokens import DocumentRules, PackedSamples, Splits
+from ee_tuning.losses.loss import linear_cross_entropy
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.quantized_linear import quantized_weights
 from ee_tuning.parallel.relay import Relay
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard
 from ee_tuning.planning.dry_run import profile_ranks
-from ee_tuning.tuning.loss import linear_cross_entropy
 from ee_tuning.tuning.stage_forward import StageForward
 from ee_tuning.tuning.tuner import Tuner
 from gpu_stages.bench import ROOT, SHIPPED, Bench

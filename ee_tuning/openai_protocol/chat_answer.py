@@ -5,11 +5,11 @@ from collections.abc import Mapping
 
 from ee_tuning.generation.completion import Completion, StreamedToken
 from ee_tuning.generation.job import Job
-from ee_tuning.serving.answer import Answer, Json, said
-from ee_tuning.serving.schemas import ChatCompletionBody
-from ee_tuning.serving.token_texts import TokenTexts
-from ee_tuning.serving.tool_calls import ToolUse
-from ee_tuning.serving.tool_formats import Delta, ToolCallReader
+from ee_tuning.openai_protocol.answer import Answer, Json, said
+from ee_tuning.openai_protocol.schemas import ChatCompletionBody
+from ee_tuning.openai_protocol.token_texts import TokenTexts
+from ee_tuning.openai_protocol.tool_calls import ToolUse
+from ee_tuning.openai_protocol.tool_formats import Delta, ToolCallReader
 
 
 class ChatAnswer(Answer):

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ee_tuning.engine.exit_fusion import ExitFusion
-from ee_tuning.engine.structured_output import StructuredOutput, structured_output_of
 from ee_tuning.errors import InputError
+from ee_tuning.sampling.exit_fusion import ExitFusion
+from ee_tuning.sampling.structured_output import StructuredOutput, structured_output_of
 
 
 @dataclass(frozen=True, kw_only=True)

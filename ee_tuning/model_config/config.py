@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
-from ee_tuning.model.families import Family, family_fields, positive_number, with_llama_keys
-from ee_tuning.model.quantized_checkpoint import refuse_quantized
-from ee_tuning.model.token_ids import end_token_ids, single_token_id
+from ee_tuning.model_config.families import Family, family_fields, positive_number, with_llama_keys
+from ee_tuning.model_config.quantized_checkpoint import refuse_quantized
+from ee_tuning.model_config.token_ids import end_token_ids, single_token_id
 from ee_tuning.notices import warn_once
 from ee_tuning.parallel.vocab import padded_size
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
+from ee_tuning.losses.drafting import MEAN_LENGTH
 from ee_tuning.notices import say
 from ee_tuning.progress import progress_bar, time_left
-from ee_tuning.tuning.drafting import MEAN_LENGTH
 
 _SECONDS_BETWEEN_LINES = 5.0
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from ee_tuning.config import GenerationSection
 from ee_tuning.config.generation import Measure
-from ee_tuning.engine.calibration import read_calibration
 from ee_tuning.errors import InputError
+from ee_tuning.sampling.calibration import read_calibration
 
 
 @dataclass(frozen=True, kw_only=True)

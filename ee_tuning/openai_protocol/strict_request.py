@@ -8,7 +8,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from ee_tuning.json_file import parse_strict_json
-from ee_tuning.serving.api_errors import ApiError
+from ee_tuning.openai_protocol.api_errors import ApiError
 
 SECONDS_FOR_BODY = 30.0
 

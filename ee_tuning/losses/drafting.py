@@ -17,12 +17,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.config import TuningSection
-from ee_tuning.model.early_exit import EarlyExitModel
-from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.parallel.draft_vocab import NOT_LISTED, DraftVocab
-from ee_tuning.parallel.fake_tensor import is_fake
-from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.teacher import (
+from ee_tuning.losses.teacher import (
     HiddenTeacher,
     Teacher,
     TeacherBuffers,
@@ -31,6 +26,11 @@ from ee_tuning.tuning.teacher import (
     likeliest_ids,
     row_maxima,
 )
+from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.parallel.draft_vocab import NOT_LISTED, DraftVocab
+from ee_tuning.parallel.fake_tensor import is_fake
+from ee_tuning.parallel.vocab import VocabShard
 
 
 class Targets(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 from ee_tuning.line_file import read_lines
 from ee_tuning.pictures import picture
 from ee_tuning.storage.atomic_write import atomic_file
-from ee_tuning.tuning.metrics import METRICS, MetricsRecord
+from ee_tuning.training_log.metrics import METRICS, MetricsRecord
 
 PNG, HTML = "plots.png", "plots.html"
 PANELS = {

@@ -3,10 +3,10 @@
 from ee_tuning.generation.completion import Completion, StreamedToken
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.scoring import Score
-from ee_tuning.serving.answer import Answer, Json, said
-from ee_tuning.serving.schemas import CompletionBody
-from ee_tuning.serving.text_offsets import TextOffsets
-from ee_tuning.serving.token_texts import TokenTexts
+from ee_tuning.openai_protocol.answer import Answer, Json, said
+from ee_tuning.openai_protocol.schemas import CompletionBody
+from ee_tuning.openai_protocol.text_offsets import TextOffsets
+from ee_tuning.openai_protocol.token_texts import TokenTexts
 
 
 class TextAnswer(Answer):

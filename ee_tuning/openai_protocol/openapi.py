@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from ee_tuning.serving.answer_schemas import answer_content
+from ee_tuning.openai_protocol.answer_schemas import answer_content
 
 _ERROR = {
     "type": "object",

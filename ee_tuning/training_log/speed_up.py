@@ -2,11 +2,11 @@
 
 from itertools import accumulate
 
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.losses.objective import THRESHOLDS
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.partition import exit_head_cost, final_head_cost, layer_cost
-from ee_tuning.tuning.metrics import MetricsRecord
-from ee_tuning.tuning.objective import THRESHOLDS
+from ee_tuning.model_config.config import ModelConfig
+from ee_tuning.training_log.metrics import MetricsRecord
 
 
 def implied_speed_ups(record: MetricsRecord, config: ModelConfig, exits: tuple[ExitSpec, ...]) -> dict[str, float]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ee_tuning.config import GenerationSection
-from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.sampling.policy import Policy
 
 # v vocabulary · e exits
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ee_tuning.losses.loss_chunk import PER_TOKEN, LossChunk, shares
+from ee_tuning.losses.objective import THRESHOLDS, Objective
+from ee_tuning.losses.teacher import Teacher, TeacherBuffers
 from ee_tuning.parallel.shortlist import Shortlist
 from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.loss_chunk import PER_TOKEN, LossChunk, shares
-from ee_tuning.tuning.objective import THRESHOLDS, Objective
-from ee_tuning.tuning.teacher import Teacher, TeacherBuffers
 
 CROSS_ENTROPY = Objective()
 STATISTICS = ("tokens", "weights", *PER_TOKEN, *(f"above_{threshold}" for threshold in THRESHOLDS))

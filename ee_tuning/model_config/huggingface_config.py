@@ -5,8 +5,8 @@
 from typing import Any
 
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig, RopeConfig
-from ee_tuning.model.families import ACTIVATIONS, WITH_ATTENTION_BIAS, Family
+from ee_tuning.model_config.config import ModelConfig, RopeConfig
+from ee_tuning.model_config.families import ACTIVATIONS, WITH_ATTENTION_BIAS, Family
 
 HUGGINGFACE_CLASSES: dict[Family, str] = {
     "llama": "LlamaForCausalLM",

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ee_tuning.engine.structured_output import StructuredOutput
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
+from ee_tuning.sampling.structured_output import StructuredOutput
 
 if TYPE_CHECKING:
     import llguidance

@@ -3,8 +3,8 @@
 import re
 from typing import Any
 
-from ee_tuning.engine.structured_output import StructuredOutput, structured_output_of
 from ee_tuning.errors import InputError
+from ee_tuning.sampling.structured_output import StructuredOutput, structured_output_of
 
 _PLACE = re.compile(r"at \d+\(\d+\): failed to compile JSON schema: ")
 """A place in a grammar that the client has not written."""

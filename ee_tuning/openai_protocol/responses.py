@@ -9,7 +9,7 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from ee_tuning.json_file import to_json
-from ee_tuning.serving.api_errors import ApiError, error_body
+from ee_tuning.openai_protocol.api_errors import ApiError, error_body
 
 DONE = "[DONE]"
 _COMPACT: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":")}

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ee_tuning.config import TeacherPlan, TuningSection
+from ee_tuning.losses.teacher import HiddenTeacher, Lesson, TopKTeacher, top_k_teacher
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.sequence_parallel import local_sequence
 from ee_tuning.parallel.feedback import Feedback
 from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.tuning.teacher import HiddenTeacher, Lesson, TopKTeacher, top_k_teacher
 
 # s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden · n its tokens · k tokens of a
 # TopKTeacher

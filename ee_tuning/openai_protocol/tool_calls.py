@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ee_tuning.engine.structured_output import StructuredOutput, bounded_schema
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
-from ee_tuning.serving.tool_formats import FORMATS, ToolFormat
+from ee_tuning.openai_protocol.tool_formats import FORMATS, ToolFormat
+from ee_tuning.sampling.structured_output import StructuredOutput, bounded_schema
 
 MOST_TOOLS = 128
 """OpenAI's limit."""

@@ -11,10 +11,10 @@ from ee_tuning.config import Config
 from ee_tuning.model.backbone import layers_in_words
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.atomic_write import os_errors_as_input_errors
-from ee_tuning.tuning.dashboards import tensorboard, weights_and_biases
-from ee_tuning.tuning.metrics import METRICS, MetricsFile, MetricsGatherer, MetricsRecord
-from ee_tuning.tuning.progress_display import ProgressDisplay
-from ee_tuning.tuning.speed_up import implied_speed_ups
+from ee_tuning.training_log.dashboards import tensorboard, weights_and_biases
+from ee_tuning.training_log.metrics import METRICS, MetricsFile, MetricsGatherer, MetricsRecord
+from ee_tuning.training_log.progress_display import ProgressDisplay
+from ee_tuning.training_log.speed_up import implied_speed_ups
 
 Sink = Callable[[MetricsRecord], None]
 

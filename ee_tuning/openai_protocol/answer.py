@@ -9,8 +9,8 @@ from ee_tuning.generation.completion import Completion, StreamedToken
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.record import IMPOSSIBLE
 from ee_tuning.generation.scoring import Score
-from ee_tuning.serving.schemas import SamplingBody
-from ee_tuning.serving.token_texts import TokenTexts
+from ee_tuning.openai_protocol.schemas import SamplingBody
+from ee_tuning.openai_protocol.token_texts import TokenTexts
 
 Json = dict[str, Any]
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ee_tuning.losses.objective import LK_RATE, Objective
+from ee_tuning.losses.teacher import TeacherChunk, likeliest_ids, row_maxima, row_products
 from ee_tuning.parallel.shortlist import Shortlist
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.objective import LK_RATE, Objective
-from ee_tuning.tuning.teacher import TeacherChunk, likeliest_ids, row_maxima, row_products
 
 PER_TOKEN = ("cross_entropy", "forward_kl", "total_variation", "confidence", "agreement")
 """Possible keys of `LossChunk.per_token`."""

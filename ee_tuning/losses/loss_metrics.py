@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ee_tuning.losses.drafting import draft_metrics, is_draft_metric
+from ee_tuning.losses.loss import STATISTICS, ExitLoss
+from ee_tuning.losses.objective import THRESHOLDS
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.tuning.drafting import draft_metrics, is_draft_metric
-from ee_tuning.tuning.loss import STATISTICS, ExitLoss
-from ee_tuning.tuning.objective import THRESHOLDS
 
 Divisor = Literal["tokens", "weights"]
 """The denominator of the mean loss: the number of unmasked tokens, or the sum of their weights."""

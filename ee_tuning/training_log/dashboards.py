@@ -11,7 +11,7 @@ from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.questions import no_questions
 from ee_tuning.storage.atomic_write import atomic_file
-from ee_tuning.tuning.metrics import MetricsRecord
+from ee_tuning.training_log.metrics import MetricsRecord
 
 WANDB_ID = "wandb_id"
 
