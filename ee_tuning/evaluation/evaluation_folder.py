@@ -6,13 +6,14 @@ for each completely measured block of prompts. The same command continues after 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ee_tuning.differences import differences_text
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.json_file import parse_json, to_json
 from ee_tuning.storage.apart import check_folder_writable
+from ee_tuning.storage.appended_file import AppendedFile
 from ee_tuning.storage.atomic_write import os_errors_as_input_errors
 
 READINGS, FIGURES, PAGE, OWNER = "readings.jsonl", "evaluation.json", "index.html", ".owner"
@@ -52,7 +53,7 @@ class EvaluationFolder:
         self.sessions: list[dict[str, Any]] = []
         """The machine of each process that measured."""
         self.settings, self._session = parse_json(to_json(settings).encode()), dict(session)
-        self._file: BinaryIO | None = None
+        self._file: AppendedFile | None = None
         self._end = 0
         if self.path.exists() and not overwrites:
             self._read()
@@ -60,9 +61,8 @@ class EvaluationFolder:
     def keep(self, block: int, readings: list[ItemResult]) -> None:
         """Stores a block. Raises InputError where the disk refuses."""
         with os_errors_as_input_errors(self.path, "make room; the same command continues after the stored blocks"):
-            if self._file is None:
-                self._begin()
-            self._append({"block": block, "readings": [reading.tree() for reading in readings]})
+            file = self._file = self._file or self._begun()
+            file.append(_line({"block": block, "readings": [reading.tree() for reading in readings]}))
         self.blocks[block] = readings
 
     def close(self) -> None:
@@ -71,25 +71,15 @@ class EvaluationFolder:
             self._file.close()
             self._file = None
 
-    def _begin(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b", buffering=0)
-        self._file.truncate(self._end)  # after the last complete line, since a kill may have cut one off
+    def _begun(self) -> AppendedFile:
+        file = AppendedFile(self.path, self._end)
         if not self._end:
             for report in (FIGURES, PAGE):  # reports of an evaluation that this one replaces
                 (self.path.parent / report).unlink(missing_ok=True)
-            self._append({"job": self.settings})
-        self._append({"session": self._session})
+            file.append(_line({"job": self.settings}))
+        file.append(_line({"session": self._session}))
         self.sessions.append(self._session)
-
-    def _append(self, tree: Any) -> None:
-        """Appends a line and flushes it, so that a kill does not lose it."""
-        assert self._file is not None
-        line = (to_json(tree, ensure_ascii=False) + "\n").encode()
-        rest = memoryview(line)
-        while rest:
-            rest = rest[self._file.write(rest) :]
-        self._end += len(line)
+        return file
 
     def _read(self) -> None:
         there = _settings_in(self.path)
@@ -135,3 +125,7 @@ def _settings_in(journal: Path) -> Settings | None:
     if not isinstance(job, dict):
         raise InputError(f"{journal} was not written by `ee-tuning evaluate`; {_REMEDY}")
     return job
+
+
+def _line(tree: Any) -> bytes:
+    return (to_json(tree, ensure_ascii=False) + "\n").encode()

@@ -22,6 +22,7 @@ from ee_tuning.generation.record import Record
 from ee_tuning.json_file import parse_json, to_json
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.storage.appended_file import AppendedFile
 from ee_tuning.storage.atomic_write import atomic_file, check_file
 from ee_tuning.storage.owner import owned
 
@@ -113,18 +114,16 @@ class OutputFile:
         """Number of prompts with an error in a complete FILE."""
         self._settings = parse_json(to_json(settings).encode())
         self._job = hashlib.sha256(to_json(self._settings, sort_keys=True).encode()).hexdigest()[:16]
-        self._file: BinaryIO | None = None
+        self._file: AppendedFile | None = None
         self._lines: dict[Key, tuple[int, int]] = {}
         """Offset and length of each completion in the journal."""
         self._errors: dict[Key, bytes] = {}
         """Lines of prompts that failed. They are not kept in the journal, so the next command tries them again."""
-        self._end = 0
-        """Offset of the next line; 0 where the journal has no first line yet."""
+        if overwrites:
+            return
         if self.journal.exists():
-            self._file = self.journal.open("r+b", buffering=0)
-            if not overwrites:
-                self._read_journal()
-        elif path.exists() and not overwrites:
+            self._file = self._read_journal()
+        elif path.exists():
             self._read_whole(num_prompts)
 
     @property
@@ -138,9 +137,8 @@ class OutputFile:
         if key in self._lines:
             return
         with self._refusals_named():
-            if not self._end:
-                self._begin()
-            self._lines[key] = (self._end, self._append(self._line(record)))
+            file, line = self._begun(), self._line(record)
+            self._lines[key] = file.append(line), len(line)
 
     def fail(self, record: Record) -> None:
         """Keeps the record of a prompt that failed for FILE."""
@@ -168,22 +166,12 @@ class OutputFile:
             self._file.close()
             self._file = None
 
-    def _begin(self) -> None:
-        if self._file is None:
-            self.journal.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.journal.open("a+b", buffering=0)
-        self._file.truncate(0)
-        self._append((to_json({"job": self._settings}, ensure_ascii=False) + "\n").encode())
-
-    def _append(self, line: bytes) -> int:
-        """Appends `line`, which survives a kill afterwards, and returns its length."""
-        assert self._file is not None
-        self._file.seek(self._end)
-        rest = memoryview(line)
-        while rest:
-            rest = rest[self._file.write(rest) :]
-        self._end += len(line)
-        return len(line)
+    def _begun(self) -> AppendedFile:
+        """The journal, with its first line."""
+        file = self._file = self._file or AppendedFile(self.journal)
+        if not file.end:
+            file.append((to_json({"job": self._settings}, ensure_ascii=False) + "\n").encode())
+        return file
 
     def _line(self, record: Record) -> bytes:
         return (to_json(self._form.marked(record, self._job), ensure_ascii=False) + "\n").encode()
@@ -194,12 +182,11 @@ class OutputFile:
 
     def _kept(self, key: Key) -> bytes:
         assert self._file is not None
-        offset, length = self._lines[key]
-        return os.pread(self._file.fileno(), length, offset)
+        return self._file.read(*self._lines[key])
 
-    def _read_journal(self) -> None:
+    def _read_journal(self) -> AppendedFile:
         """Reads the journal without a last line that was cut off. Raises InputError where it is another job's."""
-        assert self._file is not None
+        end = 0
         with _opened(self.journal) as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
@@ -210,9 +197,9 @@ class OutputFile:
                 elif tree is None or self._form.marks(tree).get("job") != self._job:
                     raise InputError(f"line {number} of {self.journal} is damaged; {_REMEDY}")
                 else:
-                    self._lines[self._key(tree)] = (self._end, len(line))
-                self._end += len(line)
-        self._file.truncate(self._end)
+                    self._lines[self._key(tree)] = end, len(line)
+                end += len(line)
+        return AppendedFile(self.journal, end)
 
     def _check_same(self, there: Any) -> None:
         if not isinstance(there, dict):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.parallel.p2p import irecv, isend
+from ee_tuning.parallel.pending_sends import PendingSends
 from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
@@ -39,30 +40,30 @@ class Feedback:
         self.seconds_waited = 0.0
         """Seconds that this stage has waited for other stages. On a GPU only the host's waiting counts."""
         self._topology, self._shape, self._dtype, self._stages = topology, shape, dtype, stages
-        self._max_in_flight = max_in_flight * len(stages)
-        self._under_way: deque[tuple[Tensor, Any]] = deque()
+        self._pending = PendingSends(topology, max(1, max_in_flight * len(stages)))
+        self._expected: deque[tuple[Tensor, Any]] = deque()
 
     def send(self, tensor: Tensor) -> None:
         """Sends `tensor` from the last stage. The caller must not write to it afterwards."""
         assert self._topology.is_last_stage and tensor.shape == self._shape and tensor.dtype == self._dtype
         tensor = tensor.detach().contiguous()
         for stage in self._stages:
-            self._under_way.append(
-                (tensor, isend(tensor, self._topology.pp_ranks[stage], self._topology.feedback_group))
-            )
-        self._wait_for_sends(self._max_in_flight)
+            peer = self._topology.pp_ranks[stage]
+            work = isend(tensor, peer, self._topology.feedback_group)
+            taken = f"stage {stage} (rank {peer}) to take the feedback on a micro-batch"
+            self.seconds_waited += self._pending.add([tensor], [work], taken)
 
     def expect(self) -> None:
         """Posts the receive of the next tensor on a stage of `stages`, and returns at once."""
         assert self._topology.stage in self._stages
         tensor = torch.empty(self._shape, dtype=self._dtype, device=self._topology.device)
-        self._under_way.append((tensor, irecv(tensor, self._topology.pp_ranks[-1], self._topology.feedback_group)))
+        self._expected.append((tensor, irecv(tensor, self._topology.pp_ranks[-1], self._topology.feedback_group)))
 
     @part("waiting")
     def take(self) -> Tensor:
         """Waits for the oldest expected tensor and returns it. The caller may keep it."""
         began = time.perf_counter()
-        tensor, work = self._under_way.popleft()
+        tensor, work = self._expected.popleft()
         with hang_watchdog(
             self._topology, f"what the last stage (rank {self._topology.pp_ranks[-1]}) sends back for a micro-batch"
         ):
@@ -72,12 +73,4 @@ class Feedback:
 
     def finish(self) -> None:
         """Waits on the last stage until all sends have finished."""
-        self._wait_for_sends(0)
-
-    @part("waiting")
-    def _wait_for_sends(self, max_in_flight: int) -> None:
-        began = time.perf_counter()
-        while len(self._under_way) > max_in_flight:
-            with hang_watchdog(self._topology, "an earlier stage to receive the feedback on a micro-batch"):
-                self._under_way.popleft()[1].wait()
-        self.seconds_waited += time.perf_counter() - began
+        self.seconds_waited += self._pending.wait()

@@ -5,15 +5,14 @@ next micro-batch would block the gradients behind it.
 """
 
 import time
-from collections import deque
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ee_tuning.parallel.p2p import irecv, isend
+from ee_tuning.parallel.pending_sends import PendingSends
 from ee_tuning.parallel.process_groups import own_group
 from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
@@ -32,8 +31,8 @@ class GradientRelay:
         """`shape` and `dtype` describe the hidden states of one micro-batch; `minutes` is the timeout of a message."""
         self.seconds_waited = 0.0
         """Seconds that this stage has waited for other stages. On a GPU only the host's waiting counts."""
-        self._topology, self._shape, self._dtype, self._max_in_flight = topology, shape, dtype, max_in_flight
-        self._sending: deque[tuple[Tensor, Any]] = deque()
+        self._topology, self._shape, self._dtype = topology, shape, dtype
+        self._pending = PendingSends(topology, max_in_flight)
         per_stage = topology.tp * topology.dp
         columns = [[stage * per_stage + i for stage in range(topology.pp)] for i in range(per_stage)]
         self._group = (
@@ -46,9 +45,10 @@ class GradientRelay:
         """Sends the gradient of what this stage received. The caller must not write to it afterwards."""
         assert not self._topology.is_first_stage and gradient.shape == self._shape and gradient.dtype == self._dtype
         peer, gradient = self._topology.pp_ranks[self._topology.stage - 1], gradient.contiguous()
-        with hang_watchdog(self._topology, f"a connection to stage {self._topology.stage - 1} (rank {peer})"):
-            self._sending.append((gradient, isend(gradient, peer, self._group)))
-        self._wait_for_sends(self._max_in_flight)
+        to = f"stage {self._topology.stage - 1} (rank {peer})"
+        with hang_watchdog(self._topology, f"a connection to {to}"):
+            work = isend(gradient, peer, self._group)
+        self.seconds_waited += self._pending.add([gradient], [work], f"{to} to take a gradient")
 
     @part("waiting")
     def receive(self) -> Tensor:
@@ -62,12 +62,4 @@ class GradientRelay:
 
     def finish(self) -> None:
         """Waits until all sends have finished."""
-        self._wait_for_sends(0)
-
-    @part("waiting")
-    def _wait_for_sends(self, max_in_flight: int) -> None:
-        began = time.perf_counter()
-        while len(self._sending) > max_in_flight:
-            with hang_watchdog(self._topology, "the stage before to take a gradient"):
-                self._sending.popleft()[1].wait()
-        self.seconds_waited += time.perf_counter() - began
+        self.seconds_waited += self._pending.wait()

@@ -7,7 +7,6 @@ a receive that will not be answered.
 
 import enum
 import time
-from collections import deque
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ee_tuning.parallel.p2p import irecv, isend
+from ee_tuning.parallel.pending_sends import PendingSends
 from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
@@ -39,17 +39,13 @@ class Received(NamedTuple):
     next_action: NextAction
 
 
-class _Transfer(NamedTuple):
-    """A header and hidden states in flight, with the buffers that must live until they arrive."""
+class _Receive(NamedTuple):
+    """A posted receive of a header and hidden states."""
 
     header: Tensor  # [2] int64: number of the micro-batch, next action
     hidden: Tensor
     header_work: Any
     hidden_work: Any
-
-    def wait(self) -> None:
-        self.header_work.wait()
-        self.hidden_work.wait()
 
 
 class Relay:
@@ -71,14 +67,13 @@ class Relay:
         """`shape` and `dtype` describe the received hidden states of one micro-batch, `sends` the shape of the sent
         ones if it differs. At most `max_in_flight` sends may be unfinished.
         """
-        assert max_in_flight >= 1, f"max_in_flight must be at least 1, got {max_in_flight}"
         self.seconds_waited = 0.0
         """Seconds that this stage has waited for other stages. On a GPU only the host's waiting counts."""
-        self._topology, self._shape, self._dtype, self._max_in_flight = topology, shape, dtype, max_in_flight
+        self._topology, self._shape, self._dtype = topology, shape, dtype
         self._sends = shape if sends is None else sends
-        self._sending: deque[_Transfer] = deque()
+        self._pending = PendingSends(topology, max_in_flight)
         self._num_sent = self._num_received = 0
-        self._receiving: _Transfer | None = None
+        self._receiving: _Receive | None = None
         self._more_to_come = not topology.is_first_stage
 
     @part("waiting")
@@ -114,36 +109,23 @@ class Relay:
         assert hidden.shape == self._sends and hidden.dtype == self._dtype, (
             f"{hidden.shape} {hidden.dtype} is not what was agreed"
         )
-        peer = self._topology.pp_ranks[self._topology.stage + 1]
+        peer, group = self._topology.pp_ranks[self._topology.stage + 1], self._topology.pp_group
         header, hidden = torch.tensor([self._num_sent, int(next_action)]), hidden.detach().contiguous()
-        with hang_watchdog(self._topology, self._taken(self._num_sent + 1)):
-            header_work = dist.isend(header, peer, group=self._topology.pp_control)
-            self._sending.append(_Transfer(header, hidden, header_work, isend(hidden, peer, self._topology.pp_group)))
         self._num_sent += 1
-        self._wait_for_sends(self._max_in_flight)
+        taken = f"stage {self._topology.stage + 1} (rank {peer}) to take micro-batch {self._num_sent}"
+        with hang_watchdog(self._topology, taken):
+            works = dist.isend(header, peer, group=self._topology.pp_control), isend(hidden, peer, group)
+        self.seconds_waited += self._pending.add((header, hidden), works, taken)
 
     def finish(self) -> None:
         """Waits until all sends have finished."""
-        self._wait_for_sends(0)
+        self.seconds_waited += self._pending.wait()
 
-    @part("waiting")
-    def _wait_for_sends(self, max_in_flight: int) -> None:
-        began = time.perf_counter()
-        while len(self._sending) > max_in_flight:
-            index = self._num_sent - len(self._sending) + 1
-            with hang_watchdog(self._topology, self._taken(index)):
-                self._sending.popleft().wait()
-        self.seconds_waited += time.perf_counter() - began
-
-    def _post_receive(self) -> _Transfer:
+    def _post_receive(self) -> _Receive:
         # Each micro-batch has its own buffer: two are alive at a time, and the receiver may keep what it received.
         peer = self._topology.pp_ranks[self._topology.stage - 1]
         header = torch.empty(2, dtype=torch.int64)
         hidden = torch.empty(self._shape, dtype=self._dtype, device=self._topology.device)
         with hang_watchdog(self._topology, f"a connection to stage {self._topology.stage - 1} (rank {peer})"):
             header_work = dist.irecv(header, peer, group=self._topology.pp_control)
-            return _Transfer(header, hidden, header_work, irecv(hidden, peer, self._topology.pp_group))
-
-    def _taken(self, index: int) -> str:
-        stage = self._topology.stage + 1
-        return f"stage {stage} (rank {self._topology.pp_ranks[stage]}) to take micro-batch {index}"
+            return _Receive(header, hidden, header_work, irecv(hidden, peer, self._topology.pp_group))

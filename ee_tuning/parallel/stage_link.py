@@ -7,14 +7,13 @@ can not deadlock, provided that every awaited message is sent at some point of t
 """
 
 import time
-from collections import deque
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ee_tuning.parallel.p2p import irecv, isend
+from ee_tuning.parallel.pending_sends import PendingSends
 from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
@@ -29,20 +28,20 @@ class StageLink:
     """This rank's end. For each kind of message, `max_in_flight` may be in flight to each receiver."""
 
     def __init__(self, topology: Topology, *, max_in_flight: int = 16):
-        assert max_in_flight >= 1, max_in_flight
         self.seconds_waited = 0.0
         """Seconds that this stage has waited for other stages. On a GPU only the host's waiting counts."""
         self._topology = topology
-        self._hidden = _Outbox(max_in_flight)
+        self._hidden = PendingSends(topology, max_in_flight)
         # As many steps are in flight as there are stages, and each may wait as long again behind older ones.
-        self._decisions = _Outbox(max(max_in_flight, 2 * topology.pp))
+        self._decisions = PendingSends(topology, max(max_in_flight, 2 * topology.pp))
 
     @part("waiting")
     def send(self, hidden: Tensor) -> None:  # [t, h]
         """Sends hidden states to the next stage. The caller may read them afterwards but must not write to them."""
         began = time.perf_counter()
         hidden, peer = hidden.contiguous(), self._topology.pp_ranks[self._topology.stage + 1]
-        self._hidden.keep(hidden, [isend(hidden, peer, self._topology.pp_group)])
+        taken = f"stage {self._topology.stage + 1} (rank {peer}) to take hidden states"
+        self._hidden.add([hidden], [isend(hidden, peer, self._topology.pp_group)], taken)
         self.seconds_waited += time.perf_counter() - began
 
     @part("waiting")
@@ -77,7 +76,8 @@ class StageLink:
             return
         began, group = time.perf_counter(), self._topology.replica_control
         others = [rank for rank in dist.get_process_group_ranks(group) if rank != self._topology.rank]
-        self._decisions.keep(decided, [dist.isend(decided, rank, group=group, tag=tag) for rank in others])
+        works = [dist.isend(decided, rank, group=group, tag=tag) for rank in others]
+        self._decisions.add([decided], works, f"other ranks to take the decision of stage {stage}")
         self.seconds_waited += time.perf_counter() - began
 
     def recv_decision(self, decided: Tensor, stage: int, tag: int = 0) -> None:
@@ -92,25 +92,12 @@ class StageLink:
             dist.recv(decided, source, group=self._topology.replica_control, tag=tag)
         self.seconds_waited += time.perf_counter() - began
 
+    @property
+    def num_pending(self) -> int:
+        """Number of sends, of hidden states and decisions, that may be unfinished."""
+        return len(self._hidden) + len(self._decisions)
+
     def finish(self) -> None:
         """Waits until all messages have been received."""
-        self._hidden.wait(0)
-        self._decisions.wait(0)
-
-
-class _Outbox:
-    """Sends in flight, with the tensors that they read."""
-
-    def __init__(self, max_in_flight: int):
-        self._max_in_flight = max_in_flight
-        self._under_way: deque[tuple[Tensor, list[Any]]] = deque()
-
-    def keep(self, tensor: Tensor, works: list[Any]) -> None:
-        self._under_way.append((tensor, works))
-        self.wait(self._max_in_flight)
-
-    def wait(self, at_most: int) -> None:
-        """Waits until at most this many messages are in flight."""
-        while len(self._under_way) > at_most:
-            for work in self._under_way.popleft()[1]:
-                work.wait()
+        self._hidden.wait()
+        self._decisions.wait()

@@ -78,7 +78,7 @@ def break_all_off_at(model: str, exits: str, pp: int) -> bool:
             engine.clear()
         for sequence in sequences:
             engine.abort(sequence)
-        assert engine.is_idle and not engine.link._decisions._under_way and not engine.link._hidden._under_way
+        assert engine.is_idle and engine.link.num_pending == 0
         assert engine.cache.pool.num_free == engine.cache.pool.num_blocks
     return waited
 

@@ -137,7 +137,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: 
     def refuse(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(out, "_append", refuse)
+    monkeypatch.setattr("ee_tuning.storage.appended_file.AppendedFile.append", refuse)
     with pytest.raises(InputError, match=r"No space left on device; .*1 completions are kept in .*out.partial"):
         out.write(record(1))
     monkeypatch.undo()
