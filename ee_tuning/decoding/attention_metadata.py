@@ -37,7 +37,7 @@ class AttentionMetadata:
 
     @property
     def eager(self) -> EagerBatch:
-        """The batch for torch's operators: masks and indices, built once for all layers."""
+        """Returns the batch for torch's operators: masks and indices, built once for all layers."""
         if self._eager is None:
             self._eager = eager_batch(
                 self.rows,
@@ -51,7 +51,9 @@ class AttentionMetadata:
 
     @property
     def captured(self) -> CapturedBatch | None:
-        """The batch for CUDA graphs, padded, and valid until another batch is loaded; None where `eager` serves."""
+        """Returns the batch for CUDA graphs, padded, and valid until another batch is loaded; None where `eager`
+        serves.
+        """
         if self._graph_cache is not None:
             self._captured, self._graph_cache = self._graph_cache.fitting(self.rows, self.starts, self.lengths), None
         if self._captured is not None:
@@ -60,7 +62,7 @@ class AttentionMetadata:
 
     @property
     def native(self) -> calls.Pass:
-        """The batch for the CPU kernels."""
+        """Returns the batch for the CPU kernels."""
         if self._native is None:
             self._native = calls.native_batch(
                 self.starts, self.lengths, [row.address for row in self.rows], *self._tables

@@ -2,8 +2,8 @@
 places of its sequence.
 
 A token's key and value are stored before any token of the pass attends. Then the token at position p sees p + 1 places,
-and that is causal for tokens of one sequence that go together as well: no mask knows of rows, and numbers of each token
-by itself describe a pass.
+which is causal for several tokens of one sequence, too: masks do not depend on rows, and a few numbers per token
+describe a pass.
 """
 
 from abc import ABC, abstractmethod
@@ -31,7 +31,7 @@ class CapturedAttention(ABC):
     """Attention of tokens that see up to `reach` places each, a multiple of BLOCK_SIZE."""
 
     least_reach = 1024
-    """Longer ones are powers of two: each is recorded by itself."""
+    """Reaches above this are powers of two: each reach is recorded by itself."""
 
     def __init__(self, reach: int):
         self.reach = reach
@@ -44,18 +44,20 @@ class CapturedAttention(ABC):
     @staticmethod
     @abstractmethod
     def is_there(like: Tensor) -> bool:
-        """Whether this torch has it for tensors of this device, dtype and last dimension, d."""
+        """Whether this torch has the kernel for tensors of this device, dtype and last dimension, d."""
 
     @staticmethod
     @abstractmethod
     def suits(rows: list[SlotMapping], num_seen: int, bytes_per_place: int) -> bool:
-        """Whether it takes sequences that lie so. All tokens together may see `num_seen` places, padding included."""
+        """Whether it supports sequences whose places lie like this. All tokens together may see `num_seen` places,
+        padding included.
+        """
 
     @abstractmethod
     def prepared(
         self, positions: Tensor, blocks: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:  # [t] int32, [t, b] int32
-        """What all layers share."""
+        """Returns the inputs of `attend` that all layers share."""
 
     @abstractmethod
     def attend(self, query: Tensor, cache: LayerCache, prepared: tuple[Tensor, ...], scale: float) -> Tensor:
@@ -75,11 +77,13 @@ class PagedAttention(CapturedAttention):
 
     @staticmethod
     def suits(rows: list[SlotMapping], num_seen: int, bytes_per_place: int) -> bool:
-        """See CapturedAttention. Any."""
+        """See CapturedAttention. It supports any."""
         return True
 
     def prepared(self, positions: Tensor, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """See CapturedAttention. First query of each row, places that it sees, blocks."""
+        """See CapturedAttention. Returns the first query of each row, the number of places that it sees, and its
+        blocks.
+        """
         return _each(positions), positions + 1, blocks.contiguous()
 
     def attend(self, query: Tensor, cache: LayerCache, prepared: tuple[Tensor, ...], scale: float) -> Tensor:
@@ -105,7 +109,7 @@ class VarlenAttention(CapturedAttention):
 
     @property
     def num_blocks(self) -> int:
-        """See CapturedAttention. The first one says where a sequence begins."""
+        """See CapturedAttention. The first block says where a sequence begins."""
         return 1
 
     @staticmethod
@@ -119,7 +123,9 @@ class VarlenAttention(CapturedAttention):
         return all([row.first is not None for row in rows])
 
     def prepared(self, positions: Tensor, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """See CapturedAttention. First query of each row, its sequence's first place, places that it sees."""
+        """See CapturedAttention. Returns the first query of each row, its sequence's first place, and the number of
+        places that it sees.
+        """
         # The kernel takes a row's end from what it sees: the beginnings need no order, and the last number means
         # nothing.
         return _each(positions), F.pad(blocks[:, 0] * BLOCK_SIZE, (0, 1)), positions + 1
@@ -148,7 +154,7 @@ class GatheredAttention(CapturedAttention):
         return num_seen * bytes_per_place <= MOST_GATHERED
 
     def prepared(self, positions: Tensor, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """See CapturedAttention. Places [t · c], and a mask [t, 1, 1, c] that is added to the scores."""
+        """See CapturedAttention. Returns places [t · c], and a mask [t, 1, 1, c] that is added to the scores."""
         within = torch.arange(BLOCK_SIZE, device=blocks.device)
         index = (blocks.long()[:, :, None] * BLOCK_SIZE + within).flatten()
         unseen = torch.arange(self.reach, device=blocks.device) > positions[:, None]

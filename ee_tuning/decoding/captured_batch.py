@@ -19,13 +19,13 @@ from ee_tuning.decoding.eager_attention import BLOCK_SIZE, LayerCache, SlotMappi
 COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Tokens of a padded pass. Larger ones, prompts for the most part, keep a GPU busy without graphs."""
 MOST_REREAD = 2**29
-"""Bytes of a layer's keys and values that a pass may read more than once, for each token of a sequence reads them
+"""Bytes of a layer's keys and values that a pass may read more than once, since each token of a sequence reads them by
 itself. They come from a GPU's second-level cache in about the time that the calls for a layer take without a graph.
 """
 
 
 def padded_count(num_tokens: int) -> int | None:
-    """The least of COUNTS that holds so many; None where none does."""
+    """Returns the least of COUNTS that is at least this large; None where none is."""
     place = bisect_left(COUNTS, num_tokens)
     return COUNTS[place] if place < len(COUNTS) else None
 
@@ -51,11 +51,11 @@ class CapturedBatch:
 
     @torch.inference_mode()
     def load(self, rows: list[SlotMapping], starts: list[int], lengths: list[int], owner: object) -> None:
-        """Loads the batch of `owner`, an AttentionMetadata of these numbers, unless it is loaded already."""
+        """Loads the batch of `owner`, an AttentionMetadata with these numbers, unless it is loaded already."""
         if self._owner is owner:
             return
         is_cuda = self._table.is_cuda
-        # New memory each time: the copy of the pass before may be waiting for its turn on the device.
+        # New memory each time: the copy of the previous pass may still be queued on the device.
         host = torch.empty(self._table.shape, dtype=torch.int32, pin_memory=is_cuda)
         table, positions, places = host.numpy(), list[int](), list[int]()
         first = 0
@@ -65,7 +65,7 @@ class CapturedBatch:
             places += [blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(start, start + length)]
             shown = blocks[: self._attention.num_blocks]
             table[first:end, 2 : 2 + len(shown)] = shown
-            table[first:end, 2 + len(shown) :] = blocks[0]  # hidden by the mask, and of no other sequence
+            table[first:end, 2 + len(shown) :] = blocks[0]  # hidden by the mask, and part of no other sequence
             first = end
         table[:first, 0], table[:first, 1] = positions, places
         table[first:, 0], table[first:, 1], table[first:, 2:] = 0, self._spare_block * BLOCK_SIZE, self._spare_block
@@ -74,7 +74,7 @@ class CapturedBatch:
         self._owner = owner
 
     def attend(self, query: Tensor, cache: LayerCache, scale: float) -> Tensor:  # [t, g, n/g, d] -> [t, n * d]
-        """Each token to its own sequence up to itself; the pass's keys and values are in the cache."""
+        """Lets each token attend to its own sequence up to itself; the pass's keys and values are in the cache."""
         return self._attention.attend(query, cache, tuple(self._prepared), scale)
 
     def _derived(self) -> tuple[Tensor, ...]:
@@ -102,7 +102,9 @@ class GraphCache:
 
     @torch.inference_mode()
     def fitting(self, rows: list[SlotMapping], starts: list[int], lengths: list[int]) -> CapturedBatch | None:
-        """The captured batch for these tokens; None where they are too many, or no attention suits how they lie."""
+        """Returns the captured batch for these tokens; None where they are too many, or no attention supports their
+        places.
+        """
         count, ends = (
             padded_count(sum(lengths)),
             [start + length for start, length in zip(starts, lengths, strict=True)],

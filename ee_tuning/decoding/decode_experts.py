@@ -30,7 +30,7 @@ class DecodeExperts:
         self.group = topology.tp_group if topology.tp > 1 else None
 
     def __call__(self, normed: Tensor, residual: Tensor) -> Tensor:  # [t, h], [t, h] -> [t, h]
-        """`residual` and what the chosen experts make of `normed`."""
+        """Returns `residual` plus the chosen experts' output for `normed`."""
         weights, chosen = self._route(normed)
         order = chosen.flatten().argsort(stable=True)  # [t · k], by expert
         tokens, shares = order // self.num_chosen, weights.flatten()[order, None]
@@ -51,7 +51,9 @@ class DecodeExperts:
         return out.add_(residual)
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [t, h] -> [t, k], [t, k]
-        """Each token's experts and their weights. Softmax in float32, as Megatron-core and transformers take it."""
+        """Returns each token's experts and their weights. The softmax is in float32, as in Megatron-core and
+        transformers.
+        """
         logits = F.linear(x, self.router)
         if self.renormalizes:
             best, chosen = logits.topk(self.num_chosen, dim=-1)

@@ -29,7 +29,7 @@ from ee_tuning.parallel.shortlist import Shortlist, token_top1
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard
 
-# t tokens of a pass · q of them that a head is asked about · h hidden · v/tp a shard of the vocabulary, or of a
+# t tokens of a pass · q of them that a head is evaluated on · h hidden · v/tp a shard of the vocabulary, or of a
 # shortlist's classes
 
 
@@ -37,29 +37,30 @@ class DecodeHead(ABC):
     """A head on this rank. Shares its weights."""
 
     layer: DecodeLayer | None = None
-    """The layer of its own, behind the backbone's."""
+    """The head's own layer, behind the backbone's."""
 
     def __init__(self, model: EarlyExitModel, vocab: VocabShard, norm: Any, output: Tensor, mlp: ExitMLP | None = None):
-        """`vocab` is what the rows of `output` are."""
+        """Creates the head. `vocab` describes the rows of `output`."""
         self.vocab = vocab
         is_native = model.topology.tp == 1 and calls.serves(output)
         if mlp is not None:
             (row_major if is_native else column_major)(mlp.fc1.weight)
         self.native = _native(norm, output, mlp, vocab) if is_native else None
-        """The head as the kernels take it; None where they do not serve."""
+        """The head as the kernels take it; None where they do not support it."""
         self._shape = native_shape(model.config)
         self._is_recordable = graphs.is_supported(model.topology)
         self._graphs: dict[int, tuple[ExitInput, graphs.Graph]] = {}
-        """Entries by padded count: what it reads, and the graph."""
+        """Graphs by padded count, each with its inputs."""
 
     @property
     def is_fully_native(self) -> bool:
-        """Whether the kernels take a token all the way from the layers before it to its answer."""
+        """Whether the kernels run a token all the way from the layers before the head to its answer."""
         return self.native is not None
 
     def ask(self, inputs: ExitInput) -> tuple[Tensor, Tensor]:  # [q, v/tp]; [q, 2] float64
-        """Logits of the tokens that are asked about; and of each, over the whole vocabulary, the likeliest id and its
-        probability, on the CPU: of a shortlist as `token_top1` has them. For use before anything else is asked or run.
+        """Returns logits of the requested tokens and, on the CPU, the likeliest id of each over the whole vocabulary
+        and its probability; for a shortlist as `token_top1` returns them. Use the result before the next call of a head
+        or of layers.
         """
         if self.native is not None and inputs.hidden.shape[0] <= calls.MOST_TOKENS:
             return calls.run_head(self._shape, self.native, *self.native_states(inputs))
@@ -87,11 +88,11 @@ class DecodeHead(ABC):
 
     @abstractmethod
     def logits(self, inputs: ExitInput) -> Tensor:  # [q, v/tp]
-        """The logits, by torch's operators."""
+        """Returns the logits, by torch's operators."""
 
     @abstractmethod
     def native_states(self, inputs: ExitInput) -> tuple[Tensor, Tensor | None]:  # [q, h] each
-        """What the kernel takes: states, and what is added to the MLP's output where there is one."""
+        """Returns the kernel's inputs: states, and the addend of the MLP's output, if any."""
 
 
 class DecodeFinalHead(DecodeHead):
@@ -113,16 +114,14 @@ class DecodeFinalHead(DecodeHead):
 
 
 class DecodeExitHead(DecodeHead):
-    """An exit head.
-
-    One with a layer of its own has a cache of its own: before it is asked about a token, it has to see all tokens
-    before that one.
+    """An exit head. One with a layer of its own has a cache of its own: before it is evaluated on a token, it must have
+    seen all tokens before that one.
     """
 
     def __init__(self, model: EarlyExitModel, head: ExitHead, topology: Topology):
         self.head = head
         self.layer = None if head.own_layer is None else DecodeLayer(head.own_layer, head.config, topology)
-        if self._is_mapped:  # then the kernel has the output matrix alone
+        if self._is_mapped:  # the kernel then gets the output matrix only
             super().__init__(model, model.exit_vocab, None, head.output_weight)
             for matrix in head.linear.parameters():
                 if matrix.dim() == 2:
@@ -138,8 +137,8 @@ class DecodeExitHead(DecodeHead):
 
     @property
     def is_fully_native(self) -> bool:
-        """See DecodeHead. An adapter is torch's, and then its norm and output matrix the kernel's; so is a linear map
-        and all before it.
+        """See DecodeHead. torch runs an adapter, and the kernel then its norm and output matrix; torch also runs a
+        linear map and everything before it.
         """
         is_torchs = self._is_mapped or isinstance(self.head, AdapterHead)
         return self.native is not None and not is_torchs and (self.layer is None or self.layer.is_native)
@@ -149,7 +148,7 @@ class DecodeExitHead(DecodeHead):
         return self.head.spec.has_linear
 
     def take(self, hidden: Tensor, inner: ExitInput) -> ExitInput:  # [t, h]
-        """What the head takes of a pass: `hidden` and `inner` are what the run of layers before it returned."""
+        """Returns the head's input from a pass; `hidden` and `inner` are the outputs of the layers before it."""
         return inner if self.head.takes_mlp_input else ExitInput(hidden)
 
     def logits(self, inputs: ExitInput) -> Tensor:  # [q, v/tp]

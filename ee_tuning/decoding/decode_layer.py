@@ -1,9 +1,9 @@
 """A backbone layer over a ragged batch, straight through the weights of Megatron's modules.
 
-A decode step moves so few numbers that Python above the matrix products would cost several times what they do: this
-walk makes some fifteen calls a layer where Megatron's own forward makes over a hundred. Tests hold it equal to that
-forward. On a CPU a kernel takes its place where there is one, on a GPU it is recorded (`layer_stack.py`); as it stands
-it then serves passes of many tokens.
+A decode step moves so few numbers that Python code would take several times as long as the matrix products: this path
+makes some fifteen calls a layer, and Megatron's own forward over a hundred. Tests hold it equal to that forward. On a
+CPU a kernel takes its place where there is one, on a GPU it is recorded (`layer_stack.py`); as it stands it then serves
+passes of many tokens.
 """
 
 from typing import Any
@@ -63,9 +63,7 @@ class DecodeLayer:
         self.native_shape = native_shape(config)
 
     def native(self, cache: LayerCache) -> calls.Layer:
-        """The layer as the kernels take it, where there is one for it (`is_native`). Layer and cache have to outlive
-        it.
-        """
+        """The layer as the kernels take it, if they support it (`is_native`). Layer and cache must outlive it."""
         made = calls.Layer()
         biases = (
             {"input_norm_bias": self.input_norm_bias, "mlp_norm_bias": self.mlp_norm_bias}
@@ -99,8 +97,8 @@ class DecodeLayer:
         *,
         keeps: bool = True,  # [t, h]
     ) -> tuple[Tensor, ExitInput]:  # [t, h], …
-        """The layer's output, and what an `mlp` exit here takes (made on the way in any case). Without `keeps` nothing
-        but the output is of use afterwards, `x` neither.
+        """Returns the layer's output, and the input of an `mlp` exit here (computed in any case). Without `keeps`, only
+        the output is valid afterwards; `x` is not.
         """
         if self.has_layer_norm:
             normed = F.layer_norm(x, self.shape, self.input_norm, self.input_norm_bias, self.epsilon)
@@ -143,7 +141,7 @@ class DecodeLayer:
 
 
 def native_shape(config: ModelConfig) -> calls.Shape:
-    """What the kernels want to know of every layer and head of a model that is not cut."""
+    """Returns the shape that the kernels need for every layer and head of a model that is not cut."""
     return calls.Shape(
         config.hidden_size,
         config.num_query_groups,

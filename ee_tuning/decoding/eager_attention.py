@@ -1,8 +1,8 @@
 """Attention over a ragged batch: tokens of several sequences in one pass, each seeing its own sequence in the KV cache
 up to itself.
 
-A layer's cache is one long row of places. A sequence's tokens lie in blocks of it, mostly one after the other: then its
-keys are a view of the cache, and nothing is copied. Where blocks lie apart, they are gathered.
+A layer's cache is one long row of places. A sequence's tokens lie in blocks of it. Most blocks lie one after the other:
+the keys are then a view of the cache, and nothing is copied. Scattered blocks are gathered.
 """
 
 import itertools
@@ -19,9 +19,10 @@ from ee_tuning.parallel.time_parts import part
 # p places of a cache · c places that a row sees
 
 BLOCK_SIZE = 16
-"""Places of a cache that belong together: a sequence holds whole blocks of them."""
+"""Number of places in a block of a cache: a sequence holds whole blocks."""
 PADDED_BLOCK_LIMIT = 32
-"""Rows of up to so many tokens are padded to one shape and attend together; longer ones attend one after the other."""
+"""Rows of at most this many tokens are padded to one shape and attend together; longer ones attend one after the
+other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +35,11 @@ class LayerCache:
 
 @dataclass(frozen=True, kw_only=True)
 class SlotMapping:
-    """Where the tokens of a sequence lie in every layer's cache."""
+    """The places of a sequence's tokens in every layer's cache."""
 
     index: Tensor
-    """[tokens] int64: the place of each. On the CPU: it is read there, or goes to the device with other numbers of a
-    pass.
+    """[tokens] int64: the place of each token. On the CPU: it is read there, or copied to the device with other numbers
+    of a pass.
     """
     first: int | None
     """The first token's place where the others follow it one by one; None where blocks lie apart."""
@@ -110,7 +111,7 @@ class EagerBatch:
 
     @part("attention")
     def attend(self, query: Tensor, cache: LayerCache, scale: float) -> Tensor:  # [t, g, n/g, d] -> [t, n * d]
-        """Each token to its own sequence up to itself; the pass's keys and values are in the cache.
+        """Lets each token attend to its own sequence up to itself; the pass's keys and values are in the cache.
 
         A group's query heads are laid beside its tokens, so grouped queries need no copies of keys.
         """
@@ -164,14 +165,14 @@ def eager_batch(
 
 
 def rotation_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [positions, d] of `angles` [positions, d], the first half of sin negated, for `rotate`."""
+    """Returns (cos, sin) [positions, d] of `angles` [positions, d], the first half of sin negated, for `rotate`."""
     cos, sin = angles.cos(), angles.sin()
     half = angles.shape[-1] // 2
     return cos.to(dtype), torch.cat((-sin[:, :half], sin[:, half:]), dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on x [t, g, k, d], by a pass's cos and sin."""
+    """Applies rotary positions to x [t, g, k, d], by a pass's cos and sin."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((second, first), dim=-1).mul_(sin).addcmul_(x, cos)
 
@@ -211,12 +212,12 @@ def _together(
 
 
 def _added(unseen: Tensor, dtype: torch.dtype) -> Tensor:
-    # As numbers: attention would make them from booleans in every layer.
+    # As numbers: attention would convert booleans to numbers in every layer.
     return torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
 
 
 def _stride(rows: list[SlotMapping], end: int, num_places: int) -> tuple[int, int, None] | None:
-    """(first place, distance, None) where rows lie at equal distances, so that one view shows them all."""
+    """Returns (first place, distance, None) where rows lie at equal distances, so that one view covers them all."""
     firsts = [row.first for row in rows if row.first is not None]
     if len(firsts) < len(rows):
         return None

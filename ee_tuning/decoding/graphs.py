@@ -51,9 +51,9 @@ class Graph:
                 made = function()  # libraries make themselves ready at the first call, which can not be recorded
             torch.cuda.current_stream(device).wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            # In memory that no graph works in: what is recorded later may get what this one works in for its outputs.
+            # In memory that no graph works in: a later graph may get the working memory of this one for its outputs.
             kept = tuple(torch.empty_like(x) for x in made) if keeps else ()
-            # Other threads, NCCL's watchdog for one, may ask the device something meanwhile.
+            # Other threads, such as NCCL's watchdog, may query the device meanwhile.
             with torch.cuda.graph(
                 self._graph, pool=_first_graph(device).pool(), stream=stream, capture_error_mode="thread_local"
             ):
@@ -78,7 +78,7 @@ def _stream(device: torch.device) -> Any:
 @cache
 def _first_graph(device: torch.device) -> Any:
     """A tiny graph whose memory pool all others share: graphs run one after the other, so the working memory of one is
-    free for the next. It is never freed, for torch does not reuse a pool that every graph has left.
+    free for the next. It is never freed, because torch does not reuse a pool without graphs.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):

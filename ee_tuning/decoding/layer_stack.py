@@ -28,7 +28,7 @@ class LayerStack:
     def __init__(self, layers: Sequence[DecodeLayer], caches: Sequence[LayerCache]):
         self._steps = list(zip(layers, caches, strict=True))
         self.native: ctypes.Array[calls.Layer] | None = None
-        """The layers for the CPU kernels; None where they do not serve."""
+        """The layers for the CPU kernels; None where these do not support them."""
         if layers and all(layer.is_native for layer in layers):
             self.native = (calls.Layer * len(layers))(*(layer.native(cache) for layer, cache in self._steps))
             self.shape = layers[0].native_shape

@@ -16,7 +16,7 @@ from ee_tuning.model_config.config import ModelConfig
 
 
 class BatchDescriber:
-    """Describes passes. The newest description is kept, for the segments of a step mostly see the same tokens."""
+    """Describes passes. The newest description is kept, because the segments of a step mostly see the same tokens."""
 
     def __init__(self, tables: tuple[Tensor, Tensor], config: ModelConfig, cache: KVCache):
         self._tables, self._num_places = tables, cache.num_places
@@ -52,10 +52,10 @@ class TokenEmbedding:
 
     def __init__(self, model: EarlyExitModel):
         self._model, self._device = model, model.topology.device
-        # Megatron's modules take ten times as long over a token, which needs nothing but its row in one process.
+        # Megatron's modules take ten times as long for a token, which in one process needs only its row.
         self.is_table = model.config.position == "rope" and model.topology.tp == 1 and model.topology.is_first_stage
         self.table: Tensor | None = model.backbone.embedding.word_embeddings.weight if self.is_table else None
-        """[v, h]: where a row of it is all that embedding a token takes."""
+        """[v, h]: the table, where embedding a token is only a lookup of its row."""
 
     def __call__(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> Tensor:  # [t, h]
         """Embeds `lengths` tokens of `rows` from `starts` on."""

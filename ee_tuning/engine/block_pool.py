@@ -20,12 +20,14 @@ _HELD = 2**62
 
 
 def blocks_for(num_tokens: int) -> int:
-    """Blocks that hold so many tokens."""
+    """Returns the number of blocks that hold this many tokens."""
     return -(-num_tokens // BLOCK_SIZE)
 
 
 def block_key(before: bytes, tokens: list[int]) -> bytes:
-    """The key of a full block: its tokens and, through the key of the block `before` it, all tokens before them."""
+    """Returns the key of a full block: its tokens and, through the key of the block `before` it, all tokens before
+    them.
+    """
     return hashlib.blake2b(before + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
@@ -49,8 +51,8 @@ class BlockPool:
         self._clock = 0
 
     def allocate(self, count: int, after: int | None = None) -> list[int] | None:
-        """Allocates `count` blocks, one after the other where possible, best right behind block `after`; None where too
-        few are free. Their cached content is evicted.
+        """Allocates `count` blocks, one after the other where possible, preferably right behind block `after`. Returns
+        None where too few are free. Their cached content is evicted.
         """
         if count > self.num_free:
             return None
@@ -73,7 +75,7 @@ class BlockPool:
 
     def free(self, blocks: list[int]) -> None:
         """Removes a reference from each of these blocks."""
-        for block in reversed(blocks):  # a beginning is of use without its end, not the other way round
+        for block in reversed(blocks):  # a beginning is useful without its end, but not the other way round
             assert self._holders[block], f"block {block} was free already"
             self._holders[block] -= 1
             if not self._holders[block]:
@@ -82,7 +84,7 @@ class BlockPool:
                 self._age[block] = self._clock if block in self._contents else 0
 
     def find(self, key: bytes, parts: frozenset[CachedPart]) -> int | None:
-        """The cached block with this key that at least these parts of the network have filled; None without one."""
+        """Returns the cached block with this key that at least these parts of the network have filled, or None."""
         block = self._blocks.get(key)
         return block if block is not None and self._contents[block].parts >= parts else None
 
@@ -117,7 +119,7 @@ class BlockPool:
         return self._oldest(self._age.unfold(0, count, 1), 1, count)
 
     def _oldest(self, runs: torch.Tensor, distance: int, count: int) -> list[int] | None:
-        """The least recently used free run of blocks, among runs that begin `distance` apart."""
+        """Returns the least recently used free run of blocks, among runs that begin `distance` apart."""
         age, index = runs.amax(1).min(0)
         first = int(index) * distance
         return None if int(age) == _HELD else list(range(first, first + count))

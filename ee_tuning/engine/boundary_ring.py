@@ -28,7 +28,7 @@ class PassStates(NamedTuple):
 
 
 class BoundaryRing:
-    """The rings in front of segments, made when first written. Not every rank has them all."""
+    """The rings in front of segments, created when first written. A rank has some of them only."""
 
     def __init__(self, num_slots: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device):
         self.num_slots, self.capacity = num_slots, capacity
@@ -36,14 +36,14 @@ class BoundaryRing:
         self._rings: dict[int, Tensor] = {}
 
     def ring(self, boundary: int) -> Tensor:  # [slots · capacity, h]
-        """States in front of segment `boundary`."""
+        """Returns the states in front of segment `boundary`."""
         if boundary not in self._rings:
             size = self.num_slots * self.capacity
             self._rings[boundary] = torch.zeros(size, self._width, dtype=self._dtype, device=self._device)
         return self._rings[boundary]
 
     def write(self, boundary: int, states: PassStates, rows: Many[Sequence]) -> None:
-        """Keeps the newest states of those of `rows` that are in a pass, as many as a ring holds."""
+        """Stores the newest states of the `rows` that are in a pass, as many as a ring holds."""
         wanted, places, sources, first = {id(row) for row in rows}, list[int](), list[int](), 0
         for row, start, length in zip(states.rows, states.starts, states.lengths, strict=True):
             if id(row) in wanted:
@@ -58,7 +58,7 @@ class BoundaryRing:
     def read(
         self, boundary: int, rows: list[Sequence], starts: list[int], stops: list[int], states: PassStates | None
     ) -> Tensor:  # [t, h]
-        """States of tokens `starts` to `stops` of each row: of the newest pass where it has them, else from the
+        """Returns states of tokens `starts` to `stops` of each row: from the newest pass if it has them, else from the
         ring.
         """
         lengths = [stop - start for start, stop in zip(starts, stops, strict=True)]
@@ -87,6 +87,6 @@ class BoundaryRing:
 
 
 def _slices(states: PassStates) -> dict[int, tuple[int, Tensor]]:
-    """Each row's first position and states."""
+    """Yields each row's first position and states."""
     parts = states.hidden.split(states.lengths)
     return {id(row): (start, part) for row, start, part in zip(states.rows, states.starts, parts, strict=True)}

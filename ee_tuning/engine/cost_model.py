@@ -30,7 +30,7 @@ SHARE_OF_ONE_MORE = {"cache": 0.2, "cpu": 0.1, "cuda": 0.01}
 processor's cache, where they are read faster, in its memory, or on a GPU.
 """
 CACHE_BYTES = 64 << 20
-"""A model of fewer bytes lies in the cache. One number, since every rank has to plan alike."""
+"""Bytes below which a model is assumed to lie in the cache. One number, since every rank has to plan alike."""
 
 Curve = tuple[float, ...]
 """Seconds, or numbers in proportion to them, at each of COUNTS."""
@@ -49,21 +49,21 @@ class Costs:
     """The costs of a step that do not depend on what runs in it."""
 
     def of_segment(self, number: int, num_tokens: float) -> float:
-        """A pass of so many tokens, or so many in the mean, through a segment."""
+        """Returns the cost of a pass of `count` tokens, possibly a mean number, through a segment."""
         return _between(self.segments[number], num_tokens)
 
     def of_head(self, layer: int | None, num_tokens: float) -> float:
-        """A head asked about so many tokens; None is the final one."""
+        """Returns the cost of a head for `count` tokens; None is the final head."""
         return _between(self.final_head if layer is None else self.heads[layer], num_tokens)
 
     def of_all(self, num_tokens: int) -> float:
-        """A step of so many tokens at full depth, no exit asked."""
+        """Returns the cost of a step of `count` tokens at full depth, without exits."""
         layers = sum(self.of_segment(number, num_tokens) for number in range(len(self.segments)))
         return self.overhead + layers + self.of_head(None, num_tokens)
 
 
 def expected_costs(stage: StageModel) -> Costs:
-    """Costs in bytes of weights: decoding is bound by reading them. The same on every rank of any layout."""
+    """Returns costs in bytes of weights, since reading them bounds decoding. The same on every rank of any layout."""
     config, plan = stage.config, stage.model.plan
     inner = config.moe_router_topk * config.moe_ffn_hidden_size if config.num_experts else config.ffn_hidden_size
     mlp = config.hidden_size * inner * (3 if config.is_gated else 2)
@@ -83,24 +83,26 @@ def expected_costs(stage: StageModel) -> Costs:
 
 
 def share_of_one_more(device: str, num_bytes: int) -> float:
-    """The expected cost of one more token in a pass of a model of so many bytes, as a share of a pass of one token."""
+    """Returns the expected cost of one more token in a pass of a model of this many bytes, as a share of a pass of one
+    token.
+    """
     if device != "cpu":
         return SHARE_OF_ONE_MORE["cuda"]
     return SHARE_OF_ONE_MORE["cache" if num_bytes < CACHE_BYTES else "cpu"]
 
 
 def head_cost(costs: Costs, num_tokens: float) -> float:
-    """A pass of a model's drafting head, its only head but the last."""
+    """Returns the cost of a pass of a model's drafting head, its only head besides the last."""
     (layer,) = costs.heads
     return costs.of_head(layer, num_tokens)
 
 
 def measure_costs(stage: StageModel) -> Costs:
-    """Times the segments and heads of a model in one process, on numbers that do not matter.
+    """Times the segments and heads of a model in one process, on arbitrary inputs.
 
     Segments run one after the other, as in a step: the weights of one evict those of another from a processor's cache.
     All but the last one run twice and count the mean: drafts come one after the other, and find in the cache what the
-    draft before them left. The fastest of several rounds counts, for other work on a machine only ever adds.
+    draft before them left. The fastest of several rounds counts, because other work on a machine only adds time.
     """
     num_segments = len(stage.segments)
     figures = torch.zeros(2 * num_segments + 1, len(COUNTS), dtype=torch.float64)
@@ -127,7 +129,7 @@ class CostProbe:
         self._places = SlotMapping(index=torch.arange(self._num_places), first=0)
         shape = (self._num_places + BLOCK_SIZE, config.num_query_groups // stage.topology.tp, config.kv_channels)
         cache = LayerCache(keys=self._hidden.new_zeros(shape), values=self._hidden.new_zeros(shape))
-        # Of any length of context: the engine's own tables may end before the measured tokens do.
+        # Angles for any length of context: the engine's own tables may end before the measured tokens do.
         cos, sin = (table.new_ones(CONTEXT + count, table.shape[-1]) for table in stage.tables)
         self._tables = cos, sin
         self._graph_cache = GraphCache(
@@ -149,7 +151,7 @@ class CostProbe:
         }
 
     def run(self) -> Tensor:  # [2 segments + 1] float64
-        """Seconds of each segment, of the head behind each, and of describing the pass."""
+        """Returns the seconds of each segment, of the head behind each, and of describing the pass."""
         stage, hidden, last = self._stage, self._hidden, len(self._segments) - 1
         seconds = torch.zeros(2 * len(self._segments) + 1, dtype=torch.float64)
         began = time.perf_counter()
@@ -191,7 +193,7 @@ class CostProbe:
 
 
 def _between(curve: Curve, count: float) -> float:
-    """Straight lines between the counts that were measured, and on from the last two."""
+    """Interpolates linearly between the measured counts, and extrapolates from the last two."""
     right = min(max(bisect_right(COUNTS, count), 1), len(COUNTS) - 1)
     (a, b), (low, high) = COUNTS[right - 1 : right + 1], curve[right - 1 : right + 1]
     return low + (high - low) * (count - a) / (b - a)

@@ -33,7 +33,7 @@ class DraftInput:
     states: Tensor
     """[tokens, a * h]"""
     num_drafts: int
-    """Drafts that are wanted behind them."""
+    """Number of drafts wanted behind these tokens."""
 
 
 class DraftHead:
@@ -48,7 +48,9 @@ class DraftHead:
         self._keys, self._values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
     def states_of(self, sequence: Sequence, passes: Mapping[int, PassStates]) -> tuple[int, Tensor]:
-        """(position of the first token, [tokens, a * h]): the states that a step left of a sequence, by layer."""
+        """Returns (position of the first token, [tokens, a * h]): the states that a step left of a sequence, by
+        layer.
+        """
         parts, start = list[Tensor](), 0
         assert self._head.spec.draft is not None
         for layer in self._head.spec.draft.aux_layers:
@@ -92,7 +94,7 @@ class DraftHead:
     def _through_layer(
         self, state: Tensor, tokens: list[int], rows: list[Sequence], starts: list[int], lengths: list[int]
     ) -> Tensor:  # [t, h]
-        """One pass through the head's layer: token i has `state` i and is followed by `tokens` i."""
+        """Runs one pass through the head's layer: token i has `state` i and is followed by `tokens` i."""
         ids = torch.tensor([tokens], device=state.device)
         embedding = self._stage.model.backbone.embed(ids)  # [t, 1, h]
         positions = torch.tensor(
@@ -124,7 +126,9 @@ class DraftHead:
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, start: int, scale: float) -> Tensor:
-    """[m, n, d], [m + start, g, d] -> [m, n * d]: token i sees the first start + i + 1 keys."""
+    """Returns the attention's output [m, n * d] from [m, n, d] and [m + start, g, d]: token i sees the first start + i
+    + 1 keys.
+    """
     m, n, d = query.shape
     mask = None
     if m > 1:

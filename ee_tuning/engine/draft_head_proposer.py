@@ -13,11 +13,11 @@ from ee_tuning.engine.step_plan import Answer, RowOutput, RowPlan, plan_of_check
 from ee_tuning.parallel.stage_link import StageLink
 
 MOST_DRAFTS = 8
-"""Drafts of a round at most."""
+"""Most drafts of a round."""
 MEMORY, PRIOR = 0.98, 0.7
-"""The weight of a count after the next one; the belief in the first draft that nothing is known of."""
+"""Weight of a count after the next one; prior probability of the first draft."""
 TRY_EVERY = 16
-"""Rounds without drafts before one is drafted again, to see whether the text has become easier."""
+"""Rounds without drafts after which one token is drafted, to see whether the text has become easier."""
 
 
 class DraftHeadProposer:
@@ -33,7 +33,7 @@ class DraftHeadProposer:
         self._num_rounds = 0
 
     def plan(self, sequence: Sequence, num_rows: int) -> RowPlan:
-        """The row of a sequence whose newest token and its drafts are scheduled."""
+        """Returns the row of a sequence whose newest token and its drafts are scheduled."""
         return plan_of_check(sequence, num_rows)
 
     def update(self, row: RowPlan, output: RowOutput) -> list[tuple[Answer, int]]:
@@ -46,8 +46,8 @@ class DraftHeadProposer:
         return [(answer, self._num_layers) for answer in output.answers[: num_kept + 1]]
 
     def propose(self, read: list[tuple[Sequence, RowOutput]]) -> None:
-        """Reads what steps computed of sequences whose newest tokens are final, and adds drafts to those that
-        decode.
+        """Reads the states that steps computed of sequences whose newest tokens are final, and adds drafts to those
+        that decode.
         """
         counts = [self._length(sequence) if _decodes(sequence) else 0 for sequence, _ in read]
         if not read:
@@ -67,23 +67,23 @@ class DraftHeadProposer:
 
     def _input(self, head: DraftHead, sequence: Sequence, output: RowOutput, num_drafts: int) -> DraftInput:
         start, states = head.states_of(sequence, output.read_states)
-        # States of rejected drafts are of no use, and the newest token's are not computed yet.
+        # States of rejected drafts are useless, and the newest token's are not computed yet.
         known = states[: sequence.num_final - 1 - start]
         return DraftInput(sequence=sequence, start=start, states=known, num_drafts=num_drafts)
 
     def rate(self, sequence: Sequence) -> float:
-        """Tokens per second and sequence with the head's drafts."""
+        """Returns tokens per second and sequence with the head's drafts."""
         return self._best(sequence)[1]
 
     def _length(self, sequence: Sequence) -> int:
-        """The number of drafts; one at times where none seem to pay."""
+        """Returns the number of drafts; sometimes one, even if no draft seems to pay."""
         best, _, most = self._best(sequence)
         self._num_rounds += 1
         return best or max(0, min(most, int(self._num_rounds % TRY_EVERY == 0)))
 
     def _best(self, sequence: Sequence) -> tuple[int, float, int]:
-        """The number of drafts that brings most tokens per second by what was right so far, how many it brings, and the
-        number of drafts that there is room for.
+        """Returns the number of drafts with most tokens per second by past acceptance, that rate, and the number of
+        drafts that there is room for.
         """
         assert sequence.slot_mapping is not None
         room = len(sequence.slot_mapping.index) - len(sequence.tokens)

@@ -1,5 +1,5 @@
-"""Speculative decoding with a model's own exits and with repeated text: the plan of each round, its drafts, and what
-the check leaves of them.
+"""Speculative decoding with a model's own exits and with repeated text: the plan of each round, its drafts, and their
+check.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,14 @@ class DraftProposer:
     def __init__(self, stage: StageModel, max_pending: int):
         self.stage, self.max_pending = stage, max_pending
         self.speculation: Speculation | None = None
-        """Made by the first request that speculates."""
+        """Created by the first request that speculates."""
         self.memory: SpeculationMemory | None = None
-        """The file of what earlier processes learnt."""
+        """The file with the records of earlier processes."""
 
     def plan(self, sequence: Sequence, num_rows: int) -> RowPlan:
-        """The row of a sequence whose newest token is scheduled, while `num_rows` sequences decode side by side."""
+        """Returns the row of a sequence whose newest token is scheduled, while `num_rows` sequences decode side by
+        side.
+        """
         if sequence.drafts.are_complete:
             return plan_of_check(sequence, num_rows)
         known = self._known()
@@ -48,7 +50,7 @@ class DraftProposer:
         for segment, likeliest, confidence in output.asked:
             layer = segments[segment].exit_layer
             assert layer is not None
-            # The answer has the token that was drawn, where tokens are drawn.
+            # The answer has the sampled token, where tokens are sampled.
             token = output.answers[0].token_id if segment == output.segment else likeliest
             sequence.drafts.answers.append((sequence.num_drafts, layer, confidence, token))
             if confidence >= row.thresholds[segment]:
@@ -77,7 +79,7 @@ class DraftProposer:
             sequence.drafts.are_complete = sequence.num_drafts > 0
 
     def keep(self) -> None:
-        """Writes what was learnt for later processes."""
+        """Stores the records for later processes."""
         if self.memory is not None and self.speculation is not None:
             self.memory.keep(self.speculation)
 
@@ -87,7 +89,7 @@ class DraftProposer:
         known, num_rows = self._known(), sequence.drafts.num_rows
         rate = rate_of(sequence) if rate_of else known.rate(num_rows, sequence.policy.drafts_at)
         most = min(MOST_DRAFTS, self.max_pending, sequence.limit - len(sequence.tokens) - 1)
-        if self.stage.drafts_at_once:  # a pass of more tokens would not be the kernels'
+        if self.stage.drafts_at_once:  # the kernels do not serve a pass of more tokens
             most = min(most, calls.MOST_TOKENS // num_rows - 1)
         return known.matches.best_count(
             lookup.length,
@@ -113,13 +115,13 @@ class DraftProposer:
 
 
 def num_agreed(sequence: Sequence, answers: list[Answer]) -> int:
-    """The number of drafts, from the first one on, that equal the full model's tokens."""
+    """Returns the number of drafts, from the first one on, that equal the full model's tokens."""
     drafts = sequence.tokens[sequence.num_final :]
     return next((i for i, draft in enumerate(drafts) if answers[i].token_id != draft), len(drafts))
 
 
 def keep_agreed(sequence: Sequence, answers: list[Answer]) -> int:
-    """Keeps the keys and values of drafts that equal the full model's tokens; drops all drafts from the sequence, for
+    """Keeps the keys and values of drafts that equal the full model's tokens; drops all drafts from the sequence, since
     the answers hold them.
 
     The full model's token is chosen as it would be without drafts, drawn with the same key: so the tokens are exactly

@@ -1,10 +1,10 @@
 """The decoding engine: requests come and go between steps, and a step takes every running sequence on.
 
-A step is `schedule`, run, `update`, as in vLLM; over pipeline stages some steps are in flight. What is different is
-that a token may leave the network at an exit. It then lacks keys and values in deeper segments: its hidden state is
-*pending* there, and runs with the next token that goes deeper, as a causal block. So shallow layers never run twice,
-and the caches end up as a full pass leaves them.
-Every rank of TP × PP makes the same calls and decides the same; only the stage that has a segment computes it.
+A step is `schedule`, run, `update`, as in vLLM; over pipeline stages some steps are in flight. The difference is that a
+token may leave the network at an exit. It then lacks keys and values in deeper segments: its hidden state is *pending*
+there, and runs with the next token that goes deeper, as a causal block. So shallow layers never run twice, and the
+caches end up as a full pass leaves them. Every rank of TP × PP makes the same calls and the same decisions; only the
+stage that has a segment computes it.
 """
 
 import math
@@ -66,7 +66,8 @@ class Engine:
     """Decodes up to `num_slots` sequences at a time, of up to `max_length` tokens each.
 
     stages[p] is stage p's (first, last) layer. `cache_tokens` bounds the tokens of all sequences together; by default
-    all can be longest. Structured output needs `grammars`. Raises InputError where the model has fewer positions.
+    it suffices for all of them at `max_length`. Structured output needs `grammars`. Raises InputError where the model
+    has fewer positions.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Engine:
         self.running, self.waiting = self.scheduler.running, self.scheduler.waiting
         self._never = array("d", [math.inf] * len(self.segments))
         self._landed: list[TokenStep] = []
-        """Tokens that came between two steps."""
+        """Tokens that were finished between two steps."""
 
     @property
     def is_idle(self) -> bool:
@@ -125,7 +126,7 @@ class Engine:
         """Queues a prompt, once for each of its `n` completions; the next steps admit them as there is room, in order,
         those with a lower `priority` first.
 
-        Raises InputError, and queues nothing, on values no sampler can use and on a prompt that can never fit.
+        Raises InputError, and queues nothing, on values that no sampler can use and on a prompt that can never fit.
         """
         params = params or SamplingParams()
         check_request(prompt, params, policy, self.model.config, self.model.plan, self.cache)
@@ -164,7 +165,7 @@ class Engine:
             priority=priority,
             added_at=time.perf_counter(),
             heard_segments=tuple(exits.index(layer) for layer in params.fusion.layers),
-            uses_prefix_cache=not policy.has_draft_head,  # the head has keys and values of its own
+            uses_prefix_cache=not policy.has_draft_head,  # the head has its own keys and values
             grammar=self._grammar(len(prompt), params, stop_ids),
         )
 
@@ -179,16 +180,15 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[TokenStep]:
-        """Takes running sequences on: by a token each in most steps, by none where the prompt is still being read or a
-        later stage is waited for, by more where drafts were right.
-
-        Sequences that end with their token are out of the engine afterwards; their finish_reason says why.
+        """Advances running sequences: by one token each in most steps; by none where the prompt is still being read or
+        a later stage is awaited; by several where drafts were right. Sequences that end with their token are removed
+        from the engine; their finish_reason says why.
         """
         self.scheduler.admit(self.in_flight.busy)
         tokens, self._landed = self._landed, []
         if len(self.in_flight) and self.scheduler.is_short:
             tokens += self._update(self.in_flight.finish())
-            self._catch_up()  # or tokens of a sequence that begins its next step at once would become too many
+            self._catch_up()  # or a sequence that begins its next step at once would have too many tokens
         rows = self._plan()
         finished = self.in_flight.start(rows)
         finished += self.in_flight.finish_due()
@@ -200,7 +200,9 @@ class Engine:
 
     @torch.inference_mode()
     def abort(self, sequence: Sequence, reason: str = "abort") -> None:
-        """Ends a sequence and frees its memory, whether it runs or waits; one that has ended is left as it is."""
+        """Ends a sequence and frees its memory, whether it runs or waits. A sequence that has ended is left as
+        it is.
+        """
         if sequence.number in self.in_flight.busy:
             self._landed += self._update([e for e in self.in_flight.finish() if e[0].sequence is not sequence])
             self._catch_up()
@@ -217,7 +219,7 @@ class Engine:
 
     @torch.inference_mode()
     def full_model_tokens(self, tokens: list[int]) -> list[int]:
-        """The greedy token of the full model after each prefix of `tokens`, from one pass. The engine has to be
+        """Returns the greedy token of the full model after each prefix of `tokens`, from one pass. The engine must be
         idle.
         """
         assert self.is_idle
@@ -233,7 +235,7 @@ class Engine:
         return [answer.token_id for answer in output.answers]
 
     def _plan(self) -> list[RowPlan]:
-        """The rows of the next step."""
+        """Returns the rows of the next step."""
         scheduled = self.scheduler.schedule(self.in_flight.busy)
         return [self._row(sequence, len(scheduled)) for sequence in scheduled]
 
@@ -256,22 +258,24 @@ class Engine:
         return row
 
     def _thresholds(self, sequence: Sequence) -> "array[float]":
-        """Those of a sequence's policy; where its form leaves one token alone, the first exit knows it, too."""
+        """Returns the thresholds of a sequence's policy; where its form allows one token only, the first exit is
+        certain of it.
+        """
         given, grammar = sequence.exit_thresholds, sequence.grammar
         if grammar is None or not sequence.policy.thresholds or not grammar.is_forced(sequence.tokens):
             return given
         return array("d", [-math.inf if value < math.inf else value for value in given])
 
     def _proposer_of(self, sequence: Sequence) -> DraftProposer | DraftHeadProposer:
-        """The proposer of a sequence that speculates."""
+        """Returns the proposer of a sequence that speculates."""
         if not sequence.policy.has_draft_head:
             return self.proposer
         assert self.head_proposer is not None
         return self.head_proposer
 
     def _allows_nothing_at_exits(self, sequence: Sequence) -> bool:
-        """Whether every token that shortlisted exits can say is a stop token that may not come yet, or outside of the
-        form.
+        """Whether every token that shortlisted exits can predict is a stop token that is not allowed yet, or outside of
+        the form.
         """
         vocab, waits = self.model.exit_vocab, sequence.num_output < sequence.params.min_tokens
         if not isinstance(vocab, Shortlist) or (not waits and sequence.grammar is None):
@@ -283,7 +287,7 @@ class Engine:
         return not len(said) or (allowed is not None and not bool(allowed[said].any()))
 
     def _update(self, finished: Finished) -> list[TokenStep]:
-        """Adds the tokens of rows that a step is done with to their sequences, and ends those that end with them."""
+        """Adds the tokens of finished rows to their sequences, and ends the sequences that end with them."""
         steps = list[TokenStep]()
         for row, output in finished:
             sequence = row.sequence
@@ -304,7 +308,7 @@ class Engine:
         return steps
 
     def _draft(self, finished: list[tuple[Sequence, RowOutput]]) -> None:
-        """Drafts behind the tokens of a step: by the drafting head, and by prompt lookup."""
+        """Adds drafts behind the tokens of a step: by the drafting head, and by prompt lookup."""
         head, read = self.head_proposer, [each for each in finished if each[0].policy.has_draft_head]
         looking = [s for s, _ in finished if s.policy.looks_up and not s.num_drafts]
         self.proposer.look_up([s for s in looking if not s.policy.has_draft_head], self._room)
@@ -317,7 +321,9 @@ class Engine:
             fit_drafts(sequence, self.max_pending, self.model.config.num_layers, self._room)
 
     def _room(self, sequence: Sequence, count: int) -> int:
-        """The number of further tokens that a running sequence has memory for, after reserving it for `count`."""
+        """Returns the number of further tokens that a running sequence has memory for, after reserving it for
+        `count`.
+        """
         self.scheduler.reserve(sequence, len(sequence.tokens) + count)
         assert sequence.slot_mapping is not None
         return len(sequence.slot_mapping.index) - len(sequence.tokens)
@@ -347,7 +353,9 @@ class Engine:
             self.link.finish()
 
     def _catch_up(self) -> None:
-        """Computes what is pending of all sequences from the first segment on that too much is pending in front of."""
+        """Computes the pending tokens of all sequences from the first segment on that has too many of them in front of
+        it.
+        """
         free = [s for s in self.running if s.number not in self.in_flight.busy and not s.speculates]
         for number in range(1, len(self.segments)):
             is_other_stage = self.segments[number].stage > self.segments[number - 1].stage

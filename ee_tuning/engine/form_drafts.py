@@ -1,4 +1,4 @@
-"""Drafts and a form: tokens that the form leaves no choice of are drafted, and drafts that it forbids are dropped.
+"""Drafts and a form: tokens that the form determines are drafted, and drafts that it forbids are dropped.
 
 The full model's check would drop them, too, and the tokens do not depend on either.
 """
@@ -8,13 +8,13 @@ from collections.abc import Callable
 from ee_tuning.engine.sequence import Sequence
 
 MOST_FORCED = 15
-"""Tokens without a choice that are drafted at once."""
+"""Most tokens without a choice that are drafted at once."""
 
 
 def fit_drafts(sequence: Sequence, max_pending: int, num_layers: int, room_of: Callable[[Sequence, int], int]) -> None:
-    """Makes the drafts behind the final tokens of a sequence fit its form, where no exit drafts at the moment.
-
-    It may have `max_pending`; `room_of` tells how many more tokens there is memory for, up to a number.
+    """Makes the drafts behind the final tokens of a sequence fit its form, unless exits draft at the moment. The
+    sequence may have `max_pending`; `room_of` returns the number of further tokens that there is memory for, up to a
+    limit.
     """
     grammar, drafts = sequence.grammar, sequence.drafts
     if grammar is None or not sequence.num_output:

@@ -1,7 +1,7 @@
-"""Asks the heads of a stage about the rows of a pass, and runs the layers that heads have of their own.
+"""Evaluates the heads of a stage on the rows of a pass, and runs the heads' own layers.
 
 The layer of a `layer` head needs the keys and values of all earlier tokens. They are computed when the head is asked,
-as one causal block, and only for requests that may ask it: a head that no request asks costs nothing.
+as one causal block, and only for requests whose policy may ask it: a head that no request asks costs nothing.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.vocab import at_least_float32
 from ee_tuning.sampling.exit_fusion import fused_logits
 
-# h hidden · q states that a head is asked about
+# h hidden · q states that a head is evaluated on
 
 
 class ToSample(NamedTuple):
@@ -50,9 +50,8 @@ class HeadRunner:
         exit_input: ExitInput,
         outputs: dict[RowPlan, RowOutput],
     ) -> list[ToSample]:
-        """Asks the head behind segment `number` about the newest tokens of rows, and lets rows leave where it is sure.
-
-        Returns the answers that are still to be sampled, in the order of the rows.
+        """Evaluates the head behind segment `number` on the newest tokens of rows, and lets rows leave where its
+        confidence suffices. Returns the answers that are still to be sampled, in the order of the rows.
         """
         with self._timed():
             head = self.stage.heads[number]
@@ -82,8 +81,8 @@ class HeadRunner:
             ]
 
     def hear(self, number: int, rows: list[RowPlan], states: PassStates, exit_input: ExitInput) -> None:
-        """Keeps what the exit behind segment `number` says about tokens of `rows` that the final head is asked about,
-        now or, drafts, later.
+        """Keeps the logits of the exit behind segment `number` for tokens of `rows` that the final head will be asked
+        about, now or (drafts) later.
         """
         if not rows:
             return
@@ -97,17 +96,17 @@ class HeadRunner:
                 row.sequence.hear(number, row.sequence.num_computed[number], own.clone())
 
     def num_heard(self, rows: list[RowPlan], stage: int) -> int:
-        """Returns how many logits [v] of exits on earlier stages `stage` gets for `rows`."""
+        """Returns the number of logits [v] of exits on earlier stages that `stage` gets for `rows`."""
         return sum(len(self._heard_keys(row, stage)) for row in rows)
 
     def heard_message(self, rows: list[RowPlan], stage: int) -> Tensor:  # [num_heard, v]
-        """Returns them, on the stage before. Of a row that has left there is none, and what is sent is never read."""
+        """Returns these logits, on the stage before. Those of a row that has left are arbitrary and never read."""
         none = torch.zeros(self.stage.model.vocab.size, dtype=self.heard_dtype)
         said = [row.sequence.heard.get(key, none) for row in rows for key in self._heard_keys(row, stage)]
         return torch.stack(said).to(self.stage.topology.device)
 
     def take_heard(self, rows: list[RowPlan], stage: int, message: Tensor) -> None:  # [num_heard, v]
-        """Keeps what the stage before has sent."""
+        """Keeps the logits that the stage before has sent."""
         said = iter(message.cpu())
         for row in rows:
             for segment, place in self._heard_keys(row, stage):
@@ -115,11 +114,13 @@ class HeadRunner:
 
     @property
     def heard_dtype(self) -> torch.dtype:
-        """The type of logits that are kept."""
+        """The dtype of kept logits."""
         return torch.promote_types(self.stage.model.plan.dtype, torch.float32)
 
     def _heard_keys(self, row: RowPlan, stage: int) -> list[tuple[int, int]]:
-        """The segments of stages before `stage`, and the places of the tokens that the final head is asked about."""
+        """Returns the segments of stages before `stage`, and the places of the tokens that the final head is asked
+        about.
+        """
         stop = row.sequence.num_scheduled
         return [
             (segment, place)
@@ -129,14 +130,14 @@ class HeadRunner:
         ]
 
     def sample(self, answers: list[ToSample]) -> None:
-        """Chooses the tokens of all rows of a step that take more than the likeliest one."""
+        """Chooses the tokens of all rows of a step whose choice needs more than the likeliest one."""
         chosen = self.stage.sampler.sample([each.request for each in answers])
         for each, answer in zip(answers, chosen, strict=True):
             each.output.answers.append(answer)
 
     def keep(self, number: int, states: PassStates, asked: list[RowPlan]) -> None:
-        """Keeps states of tokens that the head behind segment `number` was not asked about, for the layer of its
-        own.
+        """Keeps states of tokens for the own layer of the head behind segment `number`, which was not asked about
+        them.
         """
         if number in self.stage.own_layers:
             answered = [row.sequence for row in asked]
@@ -145,7 +146,7 @@ class HeadRunner:
             self.stage.ring.write(number + 1, states, kept)
 
     def bound_all(self, numbers: range, rows: list[Sequence]) -> None:
-        """Runs the own layers of heads over tokens that they lack, where too many are pending in the boundary ring."""
+        """Runs the heads' own layers over tokens that they lack, where too many are pending in the boundary ring."""
         for number in self.stage.own_layers.intersection(numbers):
             self._bound(number, [s for s in rows if s.keeps_own(number)], None)
 
@@ -158,7 +159,7 @@ class HeadRunner:
                 sequence.num_own_computed[number] = sequence.num_computed[number] - 1
 
     def _bound(self, number: int, rows: list[Sequence], states: PassStates | None) -> None:
-        # The newest token may be asked about yet.
+        # The newest token may still be asked about.
         if late := [s for s in rows if self._is_late(s, number)]:
             self._run_own(number, late, num_left=1, states=states)
 
@@ -170,7 +171,7 @@ class HeadRunner:
     def _input(
         self, number: int, asked: list[RowPlan], counts: list[int], states: PassStates, exit_input: ExitInput
     ) -> ExitInput:  # [q, h]
-        """The input of the head behind segment `number` for the newest `counts` tokens of each row."""
+        """Returns the input of the head behind segment `number` for the newest `counts` tokens of each row."""
         if number in self.stage.own_layers:
             return self._run_own(number, [row.sequence for row in asked], num_left=0, states=states)
         head, hidden = self.stage.heads[number], states.hidden
@@ -183,8 +184,8 @@ class HeadRunner:
     def _run_own(
         self, number: int, rows: list[Sequence], *, num_left: int, states: PassStates | None
     ) -> ExitInput:  # [rows, h]
-        """Runs a head's own layer over all tokens that it lacks but the newest `num_left`; the output of the last
-        one.
+        """Runs a head's own layer over all tokens that it lacks except for the newest `num_left`. Returns the last
+        output.
         """
         starts = [s.num_own_computed[number] for s in rows]
         stops = [s.num_computed[number] - num_left for s in rows]
@@ -206,7 +207,7 @@ class HeadRunner:
 def _confidences(
     head: DecodeHead, asked: list[RowPlan], counts: list[int], logits: Tensor, top: Tensor
 ) -> Tensor:  # [q, 2] float64
-    """The likeliest token of each state, and the confidence by the measure of its request."""
+    """Returns the likeliest token of each state, and the confidence by the measure of its request."""
     first = 0
     for row, count in zip(asked, counts, strict=True):
         if (measure := row.sequence.policy.measure) != "max_probability":
@@ -216,7 +217,9 @@ def _confidences(
 
 
 def _with_exits(request: SampleRequest, number: int, logits: Tensor) -> Tensor:  # [v] -> [v]
-    """The logits behind segment `number` that a token is chosen by: those of the final head with what exits said."""
+    """Returns the logits behind segment `number` that a token is chosen by: those of the final head, changed by the
+    exits'.
+    """
     sequence = request.sequence
     if not sequence.heard_segments or number != sequence.last_segment:
         return logits
@@ -225,7 +228,7 @@ def _with_exits(request: SampleRequest, number: int, logits: Tensor) -> Tensor: 
 
 
 def _requests(row: RowPlan, output: RowOutput, confidences: list[float]) -> list[ToSample]:
-    """The requests of a row's states, whose logits are not known yet. The last one follows all its tokens."""
+    """Returns the requests of a row's states, without logits. The last one follows all its tokens."""
     first = len(row.sequence.tokens) + 1 - len(confidences)
     return [
         ToSample(output, SampleRequest(row.sequence, first + i, confidence)) for i, confidence in enumerate(confidences)

@@ -1,9 +1,9 @@
-"""Steps on their way through the pipeline stages.
+"""Steps in flight through the pipeline stages.
 
-The first stage decides which rows leave in it, tells all ranks, and is done with the step: it goes on with those rows,
-while later stages compute the others. A later stage runs all that it is given to its end; its decisions are read as
-many engine steps after the step began as the stage lies behind the first one, when it has had the time. Between these
-moments every rank knows the same. One stage alone is the case without a later stage.
+The first stage decides which rows leave in it, and sends the decision to all ranks. It goes on with those rows, while
+later stages compute the others. A later stage runs all rows that it receives to their end; stage p's decisions are read
+p engine steps after the step began. Between these moments all ranks have the same state. A single stage is the case
+without later stages.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ from ee_tuning.engine.step_plan import NOT_EXITED, RowOutput, RowPlan
 from ee_tuning.parallel.stage_link import StageLink
 
 Finished = list[tuple[RowPlan, RowOutput]]
-"""Rows that a step is done with. The output of a row that nothing was asked of has no segment."""
+"""Rows that have finished a step. The output of a row for which no head was asked has no segment."""
 
 
 class InFlightStep:
@@ -29,19 +29,19 @@ class InFlightStep:
         """`begun` is the number of the engine's step."""
         self._runner, self._link, self._rows, self._begun = runner, link, rows, begun
         self.remaining = rows
-        """Rows that the step is not done with, as far as all ranks know."""
+        """Rows that have not finished the step, as far as all ranks know."""
         self._next_stage = 0
         self._states: PassStates | None = None
         self._undecided: tuple[int, list[RowOutput] | None] | None = None
-        """A stage whose decisions not every rank knows, and on its own ranks the outputs."""
+        """The stage whose decisions some ranks do not know yet, with the outputs on its own ranks."""
 
     @property
     def due(self) -> int:
-        """The engine's step at which the stage that is waited for has had the time for this one."""
+        """The engine step at which the decisions of the awaited stage are read."""
         return self._begun + (self._undecided[0] if self._undecided else 0)
 
     def advance(self) -> Finished:
-        """Goes on to the next stage, behind the first one, that decides anything. Returns rows that are done since the
+        """Continues to the next stage after the first one that decides anything. Returns the rows finished since the
         last call, shallow ones first; `remaining` is empty at the end.
         """
         finished: Finished = []
@@ -60,7 +60,7 @@ class InFlightStep:
         return finished
 
     def _run(self, stage: int) -> list[RowOutput] | None:
-        """Runs a stage's part where it is this rank's, and sends states on to it where they are this rank's."""
+        """Runs this rank's part of a stage: the stage itself, or the sending of states to it from the stage before."""
         runner, numbers, own = self._runner, self._runner.stage.segments_of(stage), self._runner.stage.topology.stage
         heads, message = runner.heads, None
         if stage > 0 and own == stage - 1:
@@ -84,7 +84,7 @@ class InFlightStep:
         return outputs
 
     def _agreed(self, stage: int, own: list[RowOutput] | None) -> list[RowOutput]:
-        """The outputs of a stage, on every rank those of its first one."""
+        """Returns the outputs of a stage, on every rank those of the stage's first rank."""
         if own is not None and (self._runner.stage.topology.num_in_replica == 1 or self._link.is_source(stage)):
             return own
         if not self._decides(stage):
@@ -116,12 +116,14 @@ class InFlightStep:
 
 
 class InFlightSteps:
-    """The steps on their way of an engine: over several stages, those of rows that later stages decide about."""
+    """The steps in flight of an engine: over several stages, those with rows that later stages decide about."""
 
     def __init__(self, runner: ModelRunner, link: StageLink):
         self.runner, self._link = runner, link
         self._steps: deque[InFlightStep] = deque()
-        """Steps, ordered as they reached the stage that they wait for: its decisions come in that order."""
+        """Steps in the order in which they reached the stage that they wait for, which is also the order of its
+        decisions.
+        """
         self._held: list[Sequence] = []
         """Sequences that a step left out."""
         self._clock = 0
@@ -132,11 +134,11 @@ class InFlightSteps:
         return len(self._steps)
 
     def start(self, rows: list[RowPlan]) -> Finished:
-        """Begins a step of `rows` and returns those that the first stage is done with."""
+        """Begins a step of `rows` and returns the rows that finish in the first stage."""
         return self._advance(InFlightStep(self.runner, self._link, self._share_of(rows), self._clock)) if rows else []
 
     def finish_due(self) -> Finished:
-        """Ends a step of the engine: reads the decisions of stages that have had the time."""
+        """Ends a step of the engine: reads the decisions that are due."""
         finished: Finished = []
         while self._steps and self._steps[0].due <= self._clock:
             finished += self.advance()
@@ -144,18 +146,18 @@ class InFlightSteps:
         return finished
 
     def advance(self) -> Finished:
-        """Takes the oldest step on by one stage's decisions."""
+        """Advances the oldest step by one stage's decisions."""
         return self._advance(self._steps.popleft())
 
     def finish(self) -> Finished:
-        """Takes all steps to their end."""
+        """Runs all steps to their end."""
         finished: Finished = []
         while self._steps:
             finished += self.advance()
         return finished
 
     def catch_up(self, rows: list[RowPlan], first: int) -> None:
-        """Computes what is pending of `rows` from segment `first` on. None of them is in another step."""
+        """Computes the pending tokens of `rows` from segment `first` on. None of the rows is in another step."""
         runner, outputs = self.runner, [RowOutput() for _ in rows]
         for stage in range(runner.stage.segments[first].stage, runner.stage.topology.pp):
             of_stage = runner.stage.segments_of(stage)
@@ -172,8 +174,9 @@ class InFlightSteps:
                 runner.follow(rows, numbers, outputs, active=[], fills=True)
 
     def _share_of(self, rows: list[RowPlan]) -> list[RowPlan]:
-        """The rows that begin a step. Where none can leave in the first stage, all rows in one step would keep one
-        stage busy at a time, so as many steps as stages share them. Rows that were left out come first the next time.
+        """Returns the rows that begin a step. If none of them can leave in the first stage, one step of all rows would
+        keep only one stage busy at a time, so the rows are divided among as many steps as there are stages. Rows that
+        were left out come first the next time.
         """
         if self.runner.stage.topology.pp == 1:
             return rows
@@ -188,7 +191,7 @@ class InFlightSteps:
         return rows[:share]
 
     def _num_busy_stages(self, rows: list[RowPlan]) -> int:
-        """Stages with layers that the rows go through."""
+        """Returns the number of stages with layers that the rows go through."""
         last = max(row.last_segment for row in rows)
         segments = self.runner.stage.segments[: last + 1]
         return len({segment.stage for segment in segments if segment.first_layer <= segment.last_layer})

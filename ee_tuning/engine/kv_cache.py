@@ -27,7 +27,9 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, topology: Topology, *, num_tokens: int, max_length: int, dtype: torch.dtype
     ):
-        """Raises InputError where so many tokens are more than can be counted; see `layer` for more than fit."""
+        """Raises InputError where the number of tokens is too large to be counted; `layer` raises where memory does not
+        suffice.
+        """
         try:
             self.pool = BlockPool(blocks_for(num_tokens), blocks_for(max_length))
         except (MemoryError, OverflowError, RuntimeError) as error:
@@ -51,13 +53,13 @@ class KVCache:
         return len(self._layers) * self.bytes_per_token * self._shape[0]
 
     def layer(self, number: int) -> LayerCache:
-        """The cache of layer `number`. Layers that a fixed exit never reaches take no memory. Raises InputError where
-        it is not enough.
+        """Returns the cache of layer `number`. Layers that a fixed exit never reaches take no memory. Raises InputError
+        where memory does not suffice.
         """
         return self._of(("layer", number))
 
     def exit_head(self, number: int) -> LayerCache:
-        """The cache of the layer that the exit head after layer `number` has of its own."""
+        """Returns the cache of the own layer of the exit head after layer `number`."""
         return self._of(("exit head", number))
 
     def slot_mapping(self, blocks: list[int]) -> SlotMapping:
@@ -68,10 +70,10 @@ class KVCache:
 
     def _of(self, owner: tuple[str, int]) -> LayerCache:
         if owner not in self._layers:
-            # Zeros, not empty: a masked place is multiplied by weight 0, which a stray NaN would survive.
+            # Zeros, not empty: a masked place is multiplied by weight 0, and a stray NaN would survive that.
             try:
                 keys, values = (zeros_on_demand(self._shape, self._dtype, self._device) for _ in range(2))
-            except (RuntimeError, OSError, OverflowError) as error:  # out of memory, as torch and the system put it
+            except (RuntimeError, OSError, OverflowError) as error:  # out of memory, as torch or the system reports it
                 raise _too_large(
                     self.num_places, f", {self.bytes_per_token * self.num_places / 1e9:,.1f} GB in each layer"
                 ) from error

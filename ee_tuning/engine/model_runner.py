@@ -1,4 +1,4 @@
-"""The decode loop of one pipeline stage: rows through its segments, each until the head behind one is sure enough.
+"""The decode loop of one pipeline stage: each row runs through its segments until a head is confident enough.
 
 Where the CPU kernels serve, one call of them runs the same loop (`native_step.py`).
 """
@@ -23,9 +23,11 @@ class ModelRunner:
     def __init__(self, stage: StageModel):
         self.stage, self.heads = stage, HeadRunner(stage)
         self.native = NativeStage(stage) if stage.is_native else None
-        """The stage for the CPU kernels; None where they do not serve."""
+        """The stage for the CPU kernels; None where these do not support it."""
         self.read_states: dict[int, PassStates] = {}
-        """The newest step's states behind the layers that a drafting head reads, up to here; 0 is the embedding."""
+        """The newest step's states behind the layers that a drafting head reads, those of earlier stages included; 0 is
+        the embedding.
+        """
 
     def run(
         self,
@@ -38,7 +40,7 @@ class ModelRunner:
     ) -> tuple[list[RowOutput], PassStates | None]:
         """Runs the pending tokens of `rows` through the segments `numbers` of this stage.
 
-        `active` are the rows that want to leave: all of them in a decoding step, none in a catch-up step. With `fills`
+        `active` are the rows that may leave: all of them in a decoding step, none in a catch-up step. With `fills`
         pending tokens go through all segments, wherever rows leave; otherwise as deep as any row goes. `entering` [t,
         h] are the states in front of the first segment, row after row; without them tokens are embedded, or their
         states lie in the boundary ring.
@@ -78,8 +80,8 @@ class ModelRunner:
         _count_catch_up(rows, active, outputs, numbers, before)
 
     def hand_over(self, rows: list[RowPlan], boundary: int, states: PassStates | None) -> Tensor:  # [t, (1 + a) h]
-        """The states of pending tokens of `rows` in front of the next stage's first segment; beside them, where a
-        drafting head reads any row, those that go on to it from a earlier layers.
+        """Returns the states of pending tokens of `rows` in front of the next stage's first segment. If a drafting head
+        reads any row, the states of a earlier layers stand beside them.
         """
         sequences = [row.sequence for row in rows if row.sequence.num_pending(boundary)]
         starts = [s.num_computed[boundary] for s in sequences]
@@ -90,13 +92,13 @@ class ModelRunner:
         return torch.cat([hidden, *(self.read_states[n].hidden for n in self.stage.model.plan.carried)], dim=-1)
 
     def width_of_message(self, rows: list[RowPlan]) -> int:
-        """The width of what the stage before hands over."""
+        """Returns the width of the message from the stage before."""
         is_read = any([row.is_read for row in rows])
         return self.stage.config.hidden_size * (1 + is_read * len(self.stage.model.plan.brought))
 
     def take_over(self, rows: list[RowPlan], first: int, message: Tensor | None) -> Tensor | None:  # [t, h]
-        """Takes what the stage before handed over, and returns the states in front of segment `first`; begins the
-        states that a drafting head reads of a step.
+        """Takes the message of the stage before, and returns the states in front of segment `first`; begins the states
+        that a drafting head reads of a step.
         """
         self.read_states, plan = {}, self.stage.model.plan
         if message is None or not any([row.is_read for row in rows]):
@@ -145,8 +147,8 @@ class ModelRunner:
     def _end_of_pass(
         self, first: int, stop: int, rows: list[RowPlan], members: list[RowPlan], active: list[RowPlan]
     ) -> int:
-        """The last segment that one pass can run together with segment `first`: in between no head is asked or has a
-        layer of its own, no row ends, and no token is pending.
+        """Returns the last segment that one pass can run together with segment `first`: in between no head is asked or
+        has its own layer, no row ends, and no token is pending.
         """
         for number in range(first, stop):
             if (
@@ -161,7 +163,7 @@ class ModelRunner:
     def _pass(
         self, first: int, last: int, rows: list[Sequence], states: PassStates | None
     ) -> tuple[PassStates, ExitInput]:
-        """Runs pending tokens through segments. What it returns is for use before the next pass."""
+        """Runs pending tokens through segments. The result is valid until the next pass."""
         stage = self.stage
         starts, stops = [s.num_computed[first] for s in rows], [s.num_arrived(first) for s in rows]
         lengths = [stop - start for start, stop in zip(starts, stops, strict=True)]
@@ -181,7 +183,7 @@ class ModelRunner:
         return states, exit_input
 
     def _starts_of_read(self, rows: list[RowPlan], numbers: range) -> dict[int, list[int]]:
-        """The first token that each row computes in segments behind which a drafting head reads."""
+        """Returns the first token that each row computes in segments whose states a drafting head reads."""
         if not any([row.is_read for row in rows]):
             return {}
         read = [number for number in numbers if self.stage.segments[number].is_read]
@@ -209,7 +211,7 @@ def _num_computed(row: RowPlan, numbers: range) -> int:
 def _count_catch_up(
     rows: list[RowPlan], active: list[RowPlan], outputs: list[RowOutput], numbers: range, before: list[int]
 ) -> None:
-    """Counts tokens that left the network, in an earlier step or in this one, and were computed deeper."""
+    """Counts tokens that left the network, in this step or an earlier one, and were computed deeper."""
     going = {*active}
     for row, output, count in zip(rows, outputs, before, strict=True):
         if row.sequence.speculates:

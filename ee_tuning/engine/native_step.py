@@ -1,5 +1,5 @@
-"""A stage's part of a step in one call of the CPU kernels (`kernel/step.h`): what lies between two segments in Python
-would cost more than a shallow one.
+"""A stage's part of a step in one call of the CPU kernels (`kernel/step.h`): Python code between two segments would
+take longer than a shallow segment.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from ee_tuning.kernel import calls
 from ee_tuning.parallel.shortlist import token_logits
 from ee_tuning.parallel.time_parts import part
 
-# q states that a head is asked about · v vocabulary
+# q states that a head is evaluated on · v vocabulary
 
 MOST_TOKENS = 4 * calls.MOST_TOKENS
 """Tokens of a step, pending ones included."""
@@ -43,14 +43,16 @@ class NativeStage:
         self._embedding_address = None if self._embedding is None else self._embedding.data_ptr()
         self._keeps_read = not {0, stage.config.num_layers} & {*stage.model.plan.aux_layers}
         """Whether the boundary ring has the states behind all layers that a drafting head reads."""
-        # Of one step after the other: what does not change is filled in once.
+        # For all steps: constant fields are filled in once.
         self._rows, self._step = (calls.StepRow * calls.MOST_TOKENS)(), calls.Step()
         self._step.rows, self._step.rings = self._rows, ctypes.addressof(self._rings)
         self._step.capacity = stage.ring.capacity
         self._step.cos, self._step.sin = (table.data_ptr() for table in stage.tables)
 
     def serves(self, rows: list[RowPlan], active: list[RowPlan], numbers: range) -> bool:
-        """Whether the kernels have all that these rows ask for, and they are no more than the kernels are good for."""
+        """Whether the kernels support everything that these rows ask for, and there are few enough tokens for them to
+        be faster.
+        """
         if len(rows) > calls.MOST_TOKENS or (self._embedding is None and numbers[0] == 0):
             return False
         if not self._keeps_read and any([row.is_read for row in rows]):
@@ -122,7 +124,7 @@ class NativeStage:
         return RowOutput(number, memory.read_answers(place, count), asked)
 
     def _sample(self, rows: list[RowPlan], outputs: list[RowOutput], memory: "_StepMemory") -> None:
-        """Chooses the tokens of rows that take more than the likeliest one."""
+        """Chooses the tokens of rows whose choice needs more than the likeliest one."""
         requests, places = list[SampleRequest](), list[tuple[RowOutput, int]]()
         for place, (row, output) in enumerate(zip(rows, outputs, strict=True)):
             if not memory.logits_of(place) or not output.answers:
@@ -139,8 +141,8 @@ class NativeStage:
             output.answers[i] = answer
 
     def _segments_to(self, last: int, own: frozenset[int]) -> tuple["ctypes.Array[calls.Segment]", calls.Shape]:
-        """The segments of this stage up to segment `last`, with the layers that heads behind segments `own` have of
-        their own. Layers that no row needs get no caches.
+        """Returns the segments of this stage up to segment `last`, with the own layers of the heads behind segments
+        `own`. Layers that no row needs get no caches.
         """
         stop = min(last, self._numbers[-1]) + 1
         if (stop, own) not in self._segments:
@@ -172,7 +174,7 @@ class NativeStage:
 
 
 class _StepMemory:
-    """Memory that the kernels read and write for the rows of a step: one array of a kind for all rows."""
+    """Memory that the kernels read and write for the rows of a step: one array of each kind for all rows."""
 
     def __init__(
         self, rows: list[RowPlan], going: Set[RowPlan], num_segments: int, logits_shape: tuple[int, torch.dtype]
@@ -205,37 +207,37 @@ class _StepMemory:
             self.logits = torch.empty(num_answers * self._width, dtype=logits_shape[1])
 
     def tokens_of(self, place: int) -> tuple[int, int]:
-        """(address, number) of a row's new tokens."""
+        """Returns (address, number) of a row's new tokens."""
         first, stop = self._tokens_at[place : place + 2]
         return self._addresses[0] + 8 * first, stop - first
 
     def ends_of(self, place: int) -> tuple[int, int]:
-        """(address, number) of the tokens behind which a row drafts nothing."""
+        """Returns (address, number) of the tokens behind which a row drafts nothing."""
         first, stop = self._ends_at[place : place + 2]
         return self._addresses[1] + 8 * first, stop - first
 
     def top_of(self, place: int) -> int:
-        """The address of a row's answers."""
+        """Returns the address of a row's answers."""
         return self._addresses[2] + 16 * self._answers_at[place]
 
     def exit_answers_of(self, place: int) -> int | None:
-        """The address of the answers of exits; None for a row that does not speculate."""
+        """Returns the address of the exits' answers; None for a row that does not speculate."""
         at = self._drafting_at[place]
         return None if at is None else self._addresses[3] + 8 * at
 
     def logits_of(self, place: int) -> int | None:
-        """The address of a row's logits; None where it takes the likeliest token."""
+        """Returns the address of a row's logits; None where it takes the likeliest token."""
         if self.logits is None or not self._sampled[place]:
             return None
         return self.logits.data_ptr() + self._answers_at[place] * self._width * self.logits.itemsize
 
     def read_answers(self, place: int, count: int) -> list[Answer]:
-        """The first `count` answers of a row."""
+        """Returns the first `count` answers of a row."""
         first, top = 2 * self._answers_at[place], self._top
         return [Answer(top[at + 1], int(top[at])) for at in range(first, first + 2 * count, 2)]
 
     def read_exit_answers(self, place: int, count: int, first_segment: int) -> list[ExitAnswer]:
-        """The first `count` answers of exits about a row's tokens."""
+        """Returns the first `count` answers of exits about a row's tokens."""
         first, values = self._drafting_at[place], self._exit_answers
         assert first is not None
         return [
@@ -244,7 +246,7 @@ class _StepMemory:
         ]
 
     def read_logits(self, place: int, count: int, width: int) -> Tensor:  # [count, width]
-        """The logits of a row's answers, by a head of `width` rows."""
+        """Returns the logits of a row's answers, by a head of `width` rows."""
         assert self.logits is not None
         first = self._answers_at[place] * self._width
         return self.logits[first : first + count * width].view(count, width)

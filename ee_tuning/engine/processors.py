@@ -1,4 +1,4 @@
-"""What is done to logits before a token is chosen from them: bias, penalties, stop tokens put off. The order is
+"""Logits processors: bias, penalties, and the ban on early stop tokens, applied before a token is chosen. The order is
 transformers'.
 """
 
@@ -13,7 +13,7 @@ from ee_tuning.sampling.sampling import warped
 
 
 class TokenCounts:
-    """How often each token is in the first n tokens of a sequence, and in its completion; n moves on and back."""
+    """Counts of each token in the first n tokens of a sequence, and in its completion; n moves forward and back."""
 
     def __init__(self, vocab_size: int, num_prompt_tokens: int):
         self.in_all = torch.zeros(vocab_size)
@@ -22,7 +22,7 @@ class TokenCounts:
         self._counted: list[int] = []
 
     def move_to(self, tokens: list[int], n: int) -> None:
-        """Counts the first n of `tokens`, which differ from those counted before in nothing but rejected drafts at the
+        """Counts the first n of `tokens`, which differ from the tokens counted before only by rejected drafts at the
         end.
         """
         while self._counted and (len(self._counted) > n or self._counted[-1] != tokens[len(self._counted) - 1]):
@@ -43,8 +43,8 @@ def processed(
     length: int,
     counts: TokenCounts | None,
 ) -> Tensor:  # [v], at least float32
-    """The logits of the token that follows the first `length` of a sequence. `counts` stand there; None where nothing
-    is penalized.
+    """Returns the logits of the token that follows the first `length` of a sequence. `counts` are for that length; None
+    where nothing is penalized.
     """
     params = sequence.params
     scores = logits.double() if logits.dtype == torch.float64 else logits.float()
@@ -62,8 +62,8 @@ def within(
     scores: Tensor,  # [v], processed
     allowed: Tensor,  # [v] bool, not all False
 ) -> Tensor:  # [v]
-    """The scores of allowed tokens. Those that the head can not say are all alike: "any other token" of a shortlist
-    says nothing of one among them.
+    """Returns the scores of allowed tokens. Tokens that the head can not predict get equal scores, because "any other
+    token" of a shortlist does not distinguish among them.
     """
     kept = torch.where(allowed, scores, -torch.inf)
     return torch.where(allowed, 0.0, kept) if kept.amax() == -torch.inf else kept
@@ -73,8 +73,8 @@ def log_probabilities(
     scores: Tensor,  # [..., v], processed
     params: SamplingParams,
 ) -> Tensor:  # [..., v]
-    """Those of the distribution that a token is chosen from; greedy choice takes the largest of the softmax at
-    temperature 1.
+    """Returns the log-probabilities of the distribution that a token is chosen from; greedy choice takes the largest of
+    the softmax at temperature 1.
     """
     if not params.is_greedy:
         scores = warped(scores, params.temperature, params.top_k, params.top_p, params.min_p)

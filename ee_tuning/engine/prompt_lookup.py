@@ -1,7 +1,8 @@
-"""Drafts by prompt lookup: where the newest tokens stand earlier in the text, the tokens behind them there are drafted.
+"""Drafts by prompt lookup: where the newest tokens occur earlier in the text, the tokens that followed there are
+drafted.
 
-It is transformers' `prompt_lookup_num_tokens` and vLLM's method `ngram`. Here the number of drafts follows from how
-often matches of that length went on alike, which is counted for every token whether it was drafted or not.
+It is transformers' `prompt_lookup_num_tokens` and vLLM's method `ngram`. Here the number of drafts follows from the
+share of matches of that length that continued equally, which is counted for every token whether it was drafted or not.
 """
 
 from collections.abc import Callable
@@ -35,13 +36,15 @@ class MatchRecord:
         self.right[place] = MEMORY * self.right[place] + was_right
 
     def odds(self, length: int) -> float:
-        """The probability that the token behind a match of `length` tokens is the one that stood there earlier."""
+        """Returns the probability that the token behind a match of `length` tokens equals the one that followed
+        earlier.
+        """
         place = min(length, MOST_LENGTH)
         return self.right[place] / self.seen[place]
 
     def best_count(self, length: int, most: int, seconds: Callable[[int], float], rate: float) -> int:
-        """The number of drafts, `most` at most, behind a match of `length` tokens that brings most tokens per second;
-        0 where none is faster than `rate`. `seconds` tells how long a pass with so many drafts takes.
+        """Returns the number of drafts, at most `most`, behind a match of `length` tokens that gives the most tokens
+        per second; 0 where none is faster than `rate`. `seconds` returns the time of a pass with a number of drafts.
         """
         best, best_rate, expected, share = 0, LEAST_GAIN * rate, 1.0, 1.0
         for count in range(1, most + 1):
@@ -57,7 +60,7 @@ class PromptLookup:
 
     def __init__(self) -> None:
         self.length = 0
-        """Tokens that match; 0 where none do."""
+        """Number of tokens that match; 0 where none do."""
         self._start = 0
         """The position of the token that followed them."""
         self._num_read = 0
@@ -65,7 +68,9 @@ class PromptLookup:
         """n-gram -> the position behind its newest occurrence, for SHORT and LONG."""
 
     def read(self, tokens: list[int], stop: int, num_prompt_tokens: int, record: MatchRecord) -> None:
-        """Reads tokens up to position `stop`, and counts those behind a match that are no prompt's in `record`."""
+        """Reads tokens up to position `stop`, and counts tokens behind a match, except those of the prompt, in
+        `record`.
+        """
         for position in range(self._num_read, stop):
             goes_on = self.length > 0 and tokens[self._start] == tokens[position]
             if self.length and position >= num_prompt_tokens:
@@ -80,8 +85,8 @@ class PromptLookup:
         self._num_read = max(stop, self._num_read)
 
     def drafts(self, tokens: list[int], count: int) -> list[int]:
-        """The `count` tokens that stood behind the match. They may run over into themselves, as where a text goes in
-        circles.
+        """Returns the `count` tokens that followed the match. They may continue into themselves where the text
+        repeats.
         """
         known = tokens[self._start : self._start + count]
         while len(known) < count:

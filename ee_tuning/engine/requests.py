@@ -1,4 +1,4 @@
-"""Whether a request can be done: refused at once and alone, or it can."""
+"""Checks requests: one that can not be served is refused at once, and alone."""
 
 from ee_tuning.engine.kv_cache import KVCache
 from ee_tuning.errors import InputError
@@ -16,7 +16,7 @@ def check_request(
     plan: StagePlan,
     cache: KVCache,
 ) -> None:
-    """Raises InputError on values no sampler can use, exits that are not there, and a prompt that can never fit."""
+    """Raises InputError on values that no sampler can use, exits that do not exist, and a prompt that can never fit."""
     params.check(config.vocab_size)
     params.fusion.check(plan.exits, policy)
     if not prompt:

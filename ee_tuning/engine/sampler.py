@@ -1,4 +1,4 @@
-"""The next tokens of rows that left the network, chosen for all of a stage's rows together."""
+"""Chooses the next tokens of rows that left the network, for all of a stage's rows together."""
 
 from typing import NamedTuple
 
@@ -16,18 +16,18 @@ from ee_tuning.sampling.sampling import draw, draw_key
 
 
 class SampleRequest(NamedTuple):
-    """A token to be chosen by more than its logit."""
+    """A token whose choice needs more than its logit."""
 
     sequence: Sequence
     length: int
     """The number of tokens that it follows."""
     confidence: float
     logits: Tensor = torch.empty(0)
-    """[v], on the CPU; -inf where the head can not say a token."""
+    """[v], on the CPU; -inf for tokens that the head can not predict."""
 
 
 class Sampler:
-    """Applies penalties, bias, grammars, temperature and the rest, and draws."""
+    """Applies penalties, bias, grammars, temperature and other processors, and samples."""
 
     def __init__(self, vocab_size: int):
         self._vocab_size = vocab_size
@@ -39,7 +39,7 @@ class Sampler:
 
     @part("sampling")
     def sample(self, requests: list[SampleRequest]) -> list[Answer]:
-        """The answer to each request. Requests that are sampled alike are drawn together."""
+        """Returns the answer to each request. Requests with equal sampling parameters are sampled together."""
         groups: dict[tuple[float | None, ...], list[int]] = {}
         scores = []
         for place, request in enumerate(requests):

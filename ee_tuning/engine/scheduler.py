@@ -1,8 +1,8 @@
 """The scheduler: admits sequences as there is memory, and chooses the tokens that each step computes.
 
-A sequence takes memory as it grows. Where none is left the youngest of the least urgent is preempted: it goes to the
-front of the queue, and its tokens are computed again later; its next ones are the same. It is admitted again when all
-memory that it may ever need is free, so no sequence is preempted twice.
+A sequence takes memory as it grows. If none is left, the youngest sequence with the least urgent priority is preempted:
+it goes to the front of the queue, and its tokens are computed again later; the tokens that follow are the same. It is
+admitted again when all memory that it may ever need is free, so no sequence is preempted twice.
 """
 
 import time
@@ -30,7 +30,7 @@ class Scheduler:
     def enqueue(self, sequence: Sequence) -> None:
         """Queues a sequence behind those that came before it, and before those of a higher number of priority."""
         place = len(self.waiting)
-        # What has been preempted keeps its place at the front.
+        # A preempted sequence keeps its place at the front.
         while place and self.waiting[place - 1].rank > sequence.rank and not self.waiting[place - 1].was_preempted:
             place -= 1
         self.waiting.insert(place, sequence)
@@ -46,9 +46,8 @@ class Scheduler:
         return True
 
     def admit(self, busy: Set[int] = frozenset()) -> None:
-        """Admits waiting sequences in their order, while there is memory for the tokens that they have.
-
-        Sequences whose numbers are in `busy` are in a step already: how much of them is computed, not all ranks know.
+        """Admits waiting sequences in their order, while there is memory for the tokens that they have. Sequences whose
+        numbers are in `busy` are already in a step: not all ranks know how much of them is computed.
         """
         for sequence in self.running:
             if sequence.number in busy:
@@ -68,7 +67,7 @@ class Scheduler:
                 sequence.statistics.num_read_again += sequence.num_to_prefill - sequence.num_scheduled
             sequence.slot = self._free_slots.pop()
             self.running.append(sequence)
-            self.running.sort(key=lambda s: s.blocks[0])  # neighbours in memory are one view
+            self.running.sort(key=lambda s: s.blocks[0])  # neighbours in memory form one view
 
     @property
     def is_short(self) -> bool:
@@ -76,15 +75,15 @@ class Scheduler:
         return sum([s.num_scheduled == len(s.blocks) * BLOCK_SIZE for s in self.running]) > self.pool.num_free
 
     def schedule(self, busy: Set[int] = frozenset()) -> list[Sequence]:
-        """The sequences of the next step, with their next tokens scheduled: the newest token, or a chunk of the prompt.
-        Sequences whose numbers are in `busy` are in a step already.
+        """Returns the sequences of the next step, with their next tokens scheduled: the newest token, or a chunk of the
+        prompt. Sequences whose numbers are in `busy` are already in a step.
         """
         self._grow()
         budget, scheduled = self.prefill_chunk, []
         for sequence in self.running:
             if sequence.number in busy:
                 continue
-            if sequence.num_scheduled > sequence.num_computed[0]:  # the step before left it out
+            if sequence.num_scheduled > sequence.num_computed[0]:  # the previous step left it out
                 scheduled.append(sequence)
                 continue
             amount = len(sequence.tokens) - sequence.num_scheduled
@@ -97,7 +96,7 @@ class Scheduler:
         return scheduled
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> None:
-        """Allocates memory for so many tokens of a running sequence ahead of time, as far as there is free memory."""
+        """Allocates memory for this many tokens of a running sequence ahead of time, as far as there is free memory."""
         wanted = blocks_for(min(num_tokens, sequence.limit)) - len(sequence.blocks)
         more = self.pool.allocate(min(wanted, self.pool.num_free), after=sequence.blocks[-1]) if wanted > 0 else None
         if more:
@@ -108,7 +107,7 @@ class Scheduler:
         """Allocates memory for a sequence behind the `shared` blocks; False where there is too little."""
         wanted = blocks_for(sequence.limit if sequence.was_preempted else len(sequence.tokens)) - len(shared)
         self.pool.incref(shared)
-        # Running sequences have to be able to grow, or the next one would be admitted to be preempted at once.
+        # Running sequences must be able to grow; otherwise the next one would be preempted as soon as it is admitted.
         growing = sum(len(s.blocks) < blocks_for(s.limit) for s in self.running)
         own = (
             self.pool.allocate(wanted, after=shared[-1] if shared else None)
@@ -151,14 +150,16 @@ class Scheduler:
         sequence.blocks, sequence.slot_mapping = [], None
 
     def _cache_blocks(self, sequence: Sequence) -> None:
-        """Puts the blocks that a sequence has filled by now into the prefix cache."""
+        """Puts the blocks that a sequence has filled so far into the prefix cache."""
         if sequence.uses_prefix_cache and self.reuses_prefixes:
             for index in range(sequence.num_cached_blocks, sequence.num_filled // BLOCK_SIZE):
                 self.pool.cache(sequence.blocks[index], self._key(sequence, index), sequence.cached_parts)
                 sequence.num_cached_blocks = index + 1
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """Blocks of the prefix cache that hold the beginning of a sequence. Its newest token is always computed."""
+        """Returns blocks of the prefix cache that hold the beginning of a sequence. Its newest token is always
+        computed.
+        """
         blocks: list[int] = []
         for index in range(self._num_cacheable(sequence)):
             block = self.pool.find(self._key(sequence, index), sequence.cached_parts)
@@ -168,8 +169,8 @@ class Scheduler:
         return blocks
 
     def _is_being_computed(self, sequence: Sequence, index: int) -> bool:
-        """Whether block `index` of a waiting sequence is in the prompt of a running one that is being computed: waiting
-        for it costs less than computing it twice.
+        """Whether block `index` of a waiting sequence lies in the prompt of a running one that is being computed:
+        waiting for it costs less than computing it twice.
         """
         return index < self._num_cacheable(sequence) and any(
             s.is_prefilling

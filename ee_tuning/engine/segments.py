@@ -1,4 +1,4 @@
-"""Segments of the network, as decoding runs them: one ends at each exit, and at the end of each pipeline stage."""
+"""Segments of the network for decoding: a segment ends at each exit, and at the end of each pipeline stage."""
 
 from dataclasses import dataclass
 
@@ -26,8 +26,8 @@ class Segment:
 def cut_segments(
     stages: list[tuple[int, int]], exit_layers: tuple[int, ...], read_layers: tuple[int, ...] = ()
 ) -> tuple[Segment, ...]:
-    """The segments of a model whose stage p has layers stages[p], first and last, 1-based. A drafting head reads the
-    states behind `read_layers`; 0 is the embedding.
+    """Returns the segments of a model whose stage p has layers stages[p], first and last, 1-based. A drafting head
+    reads the states behind `read_layers`; 0 is the embedding.
 
     An exit behind the last layer is an exit of its own: the model's head then follows a segment without layers.
     """

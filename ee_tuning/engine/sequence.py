@@ -31,15 +31,15 @@ class SequenceStatistics:
     """Counts and times of a completion."""
 
     exit_layers: list[int] = field(default_factory=list)
-    """Per token the layer it left at; the number of layers where it did not leave early."""
+    """Layer at which each token left; the number of layers where it did not leave early."""
     num_catch_up: int = 0
-    """Tokens that left early and were computed deeper later, counted once for each segment."""
+    """Tokens that left early and were computed deeper later, counted once per segment."""
     num_drafted: int = 0
     """Tokens that exits, repeated text or a drafting head drafted."""
     num_accepted: int = 0
     """Drafts that the full model agreed with."""
     num_accepted_at: list[int] = field(default_factory=list)
-    """The same by their place among the drafts that one pass checked; as long as the most that were accepted."""
+    """Accepted drafts by their place among the drafts of one pass; as long as the most that were accepted."""
     num_checks: int = 0
     """Passes of the full model that checked drafts."""
     num_reused: int = 0
@@ -54,7 +54,7 @@ class SequenceStatistics:
     """Seconds from the request to the end."""
 
     def count_check(self, num_kept: int) -> None:
-        """Counts a pass that checked drafts and kept so many of them."""
+        """Counts a pass that checked drafts and kept `num_kept` of them."""
         self.num_checks += 1
         self.num_accepted += num_kept
         self.num_accepted_at += [0] * (num_kept - len(self.num_accepted_at))
@@ -75,7 +75,7 @@ class DraftRound:
     are_complete: bool = False
     """Whether all drafts were made before the round, so that only their check is left."""
     layers: list[int] = field(default_factory=list)
-    """The exit of each draft; the number of layers for a draft that no exit made."""
+    """The exit of each draft; the number of layers for a draft that was not made by an exit."""
     answers: list[tuple[int, int, float, int]] = field(default_factory=list)
     """(drafts before it, exit, confidence, token) of each answer of an exit, drafted or not."""
 
@@ -96,7 +96,7 @@ class Sequence:
     limit: int
     """The number of tokens that it may grow to, prompt included."""
     stop_ids: frozenset[int]
-    """Tokens that end it."""
+    """Tokens that end the sequence."""
     last_segment: int
     """The deepest segment that its tokens go through."""
     exit_thresholds: "array[float]"
@@ -105,8 +105,8 @@ class Sequence:
     num_computed: "array[int]"
     """[segments] int64: tokens that have their keys and values in each segment."""
     num_own_computed: "array[int]"
-    """[segments] int64: the same for the layer that the head behind a segment has of its own; NOT_KEPT where this
-    request never asks it.
+    """[segments] int64: the same for the own layer of the head behind a segment; NOT_KEPT where this request never asks
+    it.
     """
     completion: int = 0
     """The number of this completion among those of its prompt."""
@@ -114,29 +114,29 @@ class Sequence:
     """Sequences of a lower number are admitted before others, and keep their memory longer."""
     added_at: float = 0.0
     number: int = field(default_factory=lambda: next(_numbers))
-    """A number that no other sequence has."""
+    """A number that is unique to the sequence."""
     drafts: DraftRound = field(default_factory=DraftRound)
     num_scheduled: int = 0
     """Tokens that have entered the network."""
     lookup: PromptLookup | None = None
-    """Its n-grams, for a policy with prompt lookup."""
+    """The n-grams of the sequence, for a policy with prompt lookup."""
     slot: int = 0
     """Slot in the boundary ring."""
     blocks: list[int] = field(default_factory=list)
     slot_mapping: SlotMapping | None = None
     block_keys: list[bytes] = field(default_factory=list, repr=False)
-    """Prefix-cache keys of its first full blocks, computed as they are needed."""
+    """Prefix-cache keys of the first full blocks, computed as they are needed."""
     num_cached_blocks: int = 0
     """Full blocks that are in the prefix cache."""
     uses_prefix_cache: bool = True
     heard_segments: tuple[int, ...] = ()
-    """Segments behind which an exit is heard about tokens that the final head is asked about (`exit_fusion.py`)."""
+    """Segments whose exits keep their logits for tokens that the final head is asked about (`exit_fusion.py`)."""
     heard: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
-    """(segment, place of a token) -> what the exit behind the segment says there: logits [v], on the CPU."""
+    """(segment, place of a token) -> logits [v] of the exit behind the segment there, on the CPU."""
     grammar: GrammarState | None = field(default=None, repr=False)
     """Position of the completion in its structured output's grammar."""
     was_preempted: bool = False
-    """Whether it ran, and lost its memory to older sequences."""
+    """Whether the sequence was running before, and lost its memory to older sequences."""
     finish_reason: str = ""
     """Empty while it runs; then "stop" (a stop token), "length" (its limit) or "abort"."""
     statistics: SequenceStatistics = field(default_factory=SequenceStatistics)
@@ -181,56 +181,60 @@ class Sequence:
 
     @property
     def num_filled(self) -> int:
-        """Tokens that have keys and values in all of these parts, drafts left out."""
+        """Number of tokens that have keys and values in all of these parts, drafts excluded."""
         own = [self.num_own_computed[segment] for segment in self.own_layers]
         return min(*self.num_computed[: self.last_segment + 1], *own, self.num_final)
 
     @property
     def num_drafts(self) -> int:
-        """Tokens at the end that the full model has not checked."""
+        """Number of tokens at the end that the full model has not checked."""
         return len(self.drafts.layers)
 
     @property
     def speculates(self) -> bool:
-        """Whether exits, repeated text or a drafting head draft for it."""
+        """Whether exits, repeated text or a drafting head draft for this sequence."""
         return bool(self.policy.drafts_at) or self.policy.looks_up or self.policy.has_draft_head
 
     @property
     def num_final(self) -> int:
-        """Tokens that are no drafts, prompt included."""
+        """Number of tokens that are no drafts, prompt included."""
         return len(self.tokens) - self.num_drafts
 
     @property
     def num_output(self) -> int:
-        """Tokens of the completion so far, drafts left out."""
+        """Number of tokens of the completion so far, drafts excluded."""
         return self.num_final - self.num_prompt_tokens
 
     @property
     def output(self) -> list[int]:
-        """The completion so far, drafts left out."""
+        """The completion so far, drafts excluded."""
         return self.tokens[self.num_prompt_tokens : self.num_final]
 
     def takes_likeliest(self, length: int) -> bool:
-        """Whether the token after the first `length` is the likeliest by the logits as they are, and nothing more is
-        asked for. Once it is so, it stays so for all further tokens.
+        """Whether the token after the first `length` is the likeliest by the unchanged logits, and nothing more is
+        requested. Once true, it stays true for all further tokens.
         """
-        num_said = max(length - self.num_prompt_tokens, 0)  # a token of the prompt itself may be asked after
+        num_said = max(length - self.num_prompt_tokens, 0)  # the prompt itself may be scored
         return self.params.takes_likeliest and num_said >= self.params.min_tokens
 
     def keeps_own(self, segment: int) -> bool:
-        """Whether this request may ask the head behind a segment that has a layer of its own."""
+        """Whether this request may ask the head behind a segment, and that head has its own layer."""
         return self.num_own_computed[segment] != NOT_KEPT
 
     def num_arrived(self, segment: int) -> int:
-        """Tokens that have reached a segment."""
+        """Returns the number of tokens that have reached a segment."""
         return self.num_computed[segment - 1] if segment else self.num_scheduled
 
     def num_pending(self, segment: int) -> int:
-        """Tokens that have reached a segment and are not computed there; 0 where they never go so deep."""
+        """Returns the number of tokens that have reached a segment and are not computed there; 0 where they never go so
+        deep.
+        """
         return self.num_arrived(segment) - self.num_computed[segment] if segment <= self.last_segment else 0
 
     def hear(self, segment: int, stop: int, logits: Tensor) -> None:  # [n, v]
-        """Keeps what an exit says about the n tokens before place `stop`; forgets what the final head has answered."""
+        """Keeps an exit's logits for the n tokens before place `stop`; drops those of tokens that the final head has
+        answered.
+        """
         self.heard = {key: value for key, value in self.heard.items() if key[1] >= self.num_final - 1}
         for place, said in enumerate(logits, stop - len(logits)):
             self.heard[segment, place] = said

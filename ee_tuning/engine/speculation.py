@@ -16,7 +16,7 @@ from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.step_plan import Answer
 
 EDGES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)
-"""Lower edges of the bins of confidence in which right answers of an exit are counted."""
+"""Lower edges of the bins of confidence in which an exit's answers and right answers are counted."""
 PRIOR = 1.0
 """Weight, in tokens, of the prior that a confidence is a probability."""
 MEMORY = 0.998
@@ -30,7 +30,7 @@ SURVEY_EVERY = 8
 LEAST_GAIN = 1.05
 """Smallest expected speed-up of a plan over full depth."""
 FIRST_CREDIT, MOST_CREDIT, CREDIT_PER_ROUND = 1.5, 8.0, 0.02
-"""Passes of the full model that may be lost on trying exits: at first, at most, and for each round that tries none."""
+"""Passes of the full model that may be spent on trying exits: at first, at most, and per round without trying any."""
 NEVER_SURE = 2.0
 """A threshold that no confidence reaches: the exit is asked, and drafts nothing."""
 
@@ -54,7 +54,7 @@ class ExitRecord:
     right: list[float] = field(default_factory=lambda: [0.0] * len(EDGES))
 
     def acceptance(self, threshold: float) -> tuple[float, float]:
-        """(share of tokens with at least this confidence, probability that one of them is right)."""
+        """Returns (share of tokens with at least this confidence, probability that one of them is right)."""
         first, total = bisect_right(EDGES, threshold) - 1, sum(self.seen)
         passed = sum(self.seen[first:])
         return passed / total, sum(n * self._odds(first + i) for i, n in enumerate(self.seen[first:])) / passed
@@ -81,13 +81,13 @@ class Speculation:
         self.matches = MatchRecord()
         self.num_rounds = 0
         self.credit = FIRST_CREDIT
-        """Passes of the full model that may be lost on trying exits."""
+        """Passes of the full model that may be spent on trying exits."""
         self._interval = self._next_plan = FIRST_INTERVAL
         self._plans: dict[tuple[tuple[int, ...], int], DraftPlan] = {}
         """(exits that a request lets draft, sequences that decode side by side) -> plan."""
 
     def begin_round(self, sequence: Sequence, num_rows: int, most: int) -> None:
-        """Plans the drafts of a sequence, `most` at most, while `num_rows` sequences decode side by side."""
+        """Plans the drafts of a sequence, at most `most`, while `num_rows` sequences decode side by side."""
         self.num_rounds += 1
         if self.num_rounds >= self._next_plan:
             self._plans.clear()
@@ -111,12 +111,12 @@ class Speculation:
         sequence.drafts.num_rows = num_rows
 
     def thresholds(self, sequence: Sequence) -> "array[float]":
-        """[segments] The confidence from which on the sequence's newest token is drafted."""
+        """Returns [segments]: the confidence from which on the sequence's newest token is drafted."""
         of_round = sequence.drafts.thresholds
         return array("d", [of_round.get(s.exit_layer, math.inf) for s in self.segments])  # type: ignore[arg-type]
 
     def end_round(self, sequence: Sequence, answers: list[Answer], num_kept: int) -> None:
-        """Learns from the full model's check. Answers that follow a rejected draft are of no use."""
+        """Updates the records by the full model's check. Answers that follow a rejected draft are ignored."""
         drafts = sequence.drafts
         for index, exit_layer, confidence, token in drafts.answers:
             if index <= num_kept:
@@ -126,11 +126,11 @@ class Speculation:
             self.credit = min(MOST_CREDIT, self.credit + 1 + num_kept - spent)
 
     def plain_rate(self, num_rows: int) -> float:
-        """Tokens per second and sequence at full depth."""
+        """Returns tokens per second and sequence at full depth."""
         return 1 / self.costs.of_all(num_rows)
 
     def rate(self, num_rows: int, exits: tuple[int, ...]) -> float:
-        """Tokens per second and sequence by the plan for `exits`."""
+        """Returns tokens per second and sequence by the plan for `exits`."""
         return self._plan(num_rows, exits).rate
 
     def _plan(self, num_rows: int, exits: tuple[int, ...]) -> DraftPlan:
@@ -139,7 +139,7 @@ class Speculation:
         return self._plans[exits, num_rows]
 
     def best_plan(self, num_rows: int, exits: tuple[int, ...]) -> DraftPlan:
-        """The fastest plan for `exits` by what is known; the empty one where full depth is as fast."""
+        """Returns the fastest plan for `exits` by the current records; the empty plan where full depth is as fast."""
         plain = self.plain_rate(num_rows)
         best = DraftPlan(rate=plain * LEAST_GAIN)
         for layer in exits:
@@ -153,7 +153,7 @@ class Speculation:
         return best if best.exit_layer is not None else DraftPlan(rate=plain)
 
     def _rate(self, layer: int, passes: float, right: float, most: int, num_rows: int, shallow: float) -> float:
-        """Tokens per second and sequence of a plan.
+        """Returns tokens per second and sequence of a plan.
 
         A draft is made with probability p (`passes`), and right with probability a (`right`): a round makes Σ pᵏ drafts
         and brings 1 + Σ (p a)ᵏ tokens, k = 1 … most (Leviathan et al. 2023, arXiv 2211.17192, §3.1 with p = 1).
@@ -164,14 +164,16 @@ class Speculation:
         return tokens / self._seconds_of_round(layer, drafts, asked, num_rows, shallow)
 
     def _seconds_to(self, layer: int, num_rows: int) -> float:
-        """Seconds of a pass as deep as an exit."""
+        """Returns the seconds of a pass that ends at an exit."""
         segments = range(self._segment_of(layer) + 1)
         return sum(self.costs.of_segment(i, num_rows) for i in segments) + self.costs.overhead
 
     def _seconds_of_round(
         self, layer: int, num_drafts: float, num_asked: float, num_rows: int, shallow: float
     ) -> float:
-        """Seconds of a round of each of `num_rows` sequences, which draft and are checked each at its own time."""
+        """Returns the seconds of a round of each of `num_rows` sequences, each of which drafts and is checked at its
+        own time.
+        """
         costs, last = self.costs, self._segment_of(layer)
         num_steps = 1 + num_drafts
         num_checked = max(1.0, num_rows / num_steps)  # sequences whose drafts one pass checks
@@ -182,7 +184,7 @@ class Speculation:
         return num_steps * (shallow + checks * deep) + num_asked * costs.of_head(layer, num_rows)
 
     def _relative_cost_of_round(self, sequence: Sequence, num_drafts: int) -> float:
-        """The cost of a round that was, in passes of the full model."""
+        """Returns the cost of a finished round, in passes of the full model."""
         drafts, num_rows = sequence.drafts, sequence.drafts.num_rows
         layer = drafts.layers[0] if drafts.layers else min(drafts.thresholds)
         num_asked = sum(1 for answer in drafts.answers if answer[1] == layer)

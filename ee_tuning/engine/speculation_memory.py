@@ -1,7 +1,7 @@
 """Stores how often an artifact's exits and repeated text were right, for later processes.
 
-The cache folder has a file for each artifact, dtype, number of threads and machine. Without it, a process has to try
-its exits before it knows where to draft, which a short one never finishes. Tokens do not depend on it.
+The cache folder has a file for each artifact, dtype, number of threads and machine. Without it, a process must try its
+exits before it can plan, which a short process never finishes. Tokens do not depend on it.
 """
 
 import hashlib

@@ -44,11 +44,11 @@ class StageModel:
                 self.heads[number] = DecodeFinalHead(model)
         own_layers = {spec.layer for spec in plan.exits if spec.architecture == "layer"}
         self.own_layers = frozenset(i for i, segment in enumerate(segments) if segment.exit_layer in own_layers)
-        """Segments, of all stages, whose heads have a layer of their own."""
+        """Segments, of all stages, whose heads have their own layer."""
         self.reads_embedding = 0 in plan.aux_layers
         """Whether a drafting head reads the embedding."""
         self.tables = rotation_tables(model.backbone.angles[: cache.max_length], dtype)
-        # A block of drafts and its newest token may come to what is pending.
+        # A block of drafts and its newest token may be added to the pending tokens.
         self.ring = BoundaryRing(num_slots, 2 * (max_pending + 1), self.config.hidden_size, dtype, self.topology.device)
         self.sampler = Sampler(model.vocab.size)
         self.describe = BatchDescriber(self.tables, self.config, cache)
@@ -68,7 +68,7 @@ class StageModel:
         self._segments_of = {stage: self._segments_on(stage) for stage in range(self.topology.pp)}
 
     def segments_of(self, stage: int) -> range:
-        """The numbers of a stage's segments."""
+        """Returns the numbers of a stage's segments."""
         return self._segments_of[stage]
 
     def _segments_on(self, stage: int) -> range:
@@ -76,7 +76,7 @@ class StageModel:
         return range(numbers[0], numbers[-1] + 1)
 
     def layers_of(self, first: int, last: int) -> LayerStack:
-        """The layers of segments `first` to `last` of this stage, with their caches."""
+        """Returns the layers of segments `first` to `last` of this stage, with their caches."""
         if (first, last) not in self._runs:  # a segment that no token reaches has no caches
             numbers = range(self.segments[first].first_layer, self.segments[last].last_layer + 1)
             self._runs[first, last] = LayerStack(
@@ -85,8 +85,8 @@ class StageModel:
         return self._runs[first, last]
 
     def own_layer_of(self, number: int) -> LayerStack:
-        """The layer that the head behind segment `number` has of its own, with its cache."""
-        if number not in self._own_runs:  # a head that nobody asks has no cache
+        """Returns the own layer of the head behind segment `number`, with its cache."""
+        if number not in self._own_runs:  # a head that is never asked has no cache
             layer, exit_layer = self.heads[number].layer, self.segments[number].exit_layer
             assert layer is not None and exit_layer is not None
             self._own_runs[number] = LayerStack([layer], [self.cache.exit_head(exit_layer)])

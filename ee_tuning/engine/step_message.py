@@ -1,4 +1,4 @@
-"""The message by which a stage tells all ranks its decisions of one step: one for each stage and step.
+"""The message with a stage's decisions of one step, for all ranks: one for each stage and step.
 
 The number of its float64 values follows from the plan, which every rank has.
 """
@@ -9,12 +9,12 @@ from ee_tuning.engine.step_plan import Answer, ExitAnswer, RowOutput, RowPlan
 
 
 def message_size(rows: list[RowPlan], numbers: range) -> int:
-    """The number of values of a stage's message; 0 where no head of its segments `numbers` is asked."""
+    """Returns the number of values in a stage's message; 0 where no head of its segments `numbers` is asked."""
     return sum([_row_size(row, numbers) for row in rows])
 
 
 def pack(rows: list[RowPlan], numbers: range, outputs: list[RowOutput]) -> list[float]:
-    """The message of a stage: for each row its exit segment, answers, and the answers of exits that may draft."""
+    """Returns a stage's message: for each row its exit segment, answers, and the answers of exits that may draft."""
     values = list[float]()
     for row, output in zip(rows, outputs, strict=True):
         if not (size := _row_size(row, numbers)):
@@ -32,7 +32,7 @@ def pack(rows: list[RowPlan], numbers: range, outputs: list[RowOutput]) -> list[
 
 
 def unpack(rows: list[RowPlan], numbers: range, values: list[float]) -> list[RowOutput]:
-    """The outputs of a stage from its message."""
+    """Returns the outputs of a stage from its message."""
     outputs, first = list[RowOutput](), 0
     for row in rows:
         size = _row_size(row, numbers)
@@ -56,7 +56,7 @@ def _unpacked(row: RowPlan, values: Iterator[float]) -> RowOutput:
 
 
 def _row_size(row: RowPlan, numbers: range) -> int:
-    """The values of a row; 0 where none of its heads in these segments is asked."""
+    """Returns the number of values for a row; 0 where none of its heads in these segments is asked."""
     asked = [number for number in numbers if number <= row.last_segment and row.is_asked(number)]
     if not asked:
         return 0

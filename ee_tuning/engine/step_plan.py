@@ -1,6 +1,4 @@
-"""The plan of a step, as numbers: for each row what it asks of which head, so that any mixture of policies is one
-case.
-"""
+"""The plan of a step, as numbers: thresholds and depth of each row, so that any mixture of policies is one case."""
 
 import math
 from array import array
@@ -26,13 +24,13 @@ class RowPlan:
     thresholds: "array[float]"
     """[segments] float64: the confidence from which on the newest token leaves; infinite where no head is asked."""
     num_asked: int = 1
-    """The head behind the last segment is asked about so many newest tokens: 1, with drafts that it checks one more for
-    each, 0 while the prompt is being read.
+    """Number of newest tokens that the head behind the last segment is asked about: 1, plus 1 for each draft that it
+    checks, or 0 while the prompt is being read.
     """
     num_new: int = 1
     """Tokens that enter the network in this step."""
     rides: bool = True
-    """Whether its pending tokens go deeper with other rows. Drafts wait for their check."""
+    """Whether its pending tokens may go deeper together with other rows. Drafts wait for their check."""
     most_drafts: int = 0
     """Drafts that the step may go on with at once."""
 
@@ -48,7 +46,7 @@ class RowPlan:
 
     @property
     def is_plain_greedy(self) -> bool:
-        """Whether the likeliest token is taken wherever it leaves, and nothing more is asked for."""
+        """Whether the likeliest token is taken wherever the row leaves, and nothing more is requested."""
         return self.sequence.takes_likeliest(len(self.sequence.tokens) + 1 - max(self.num_asked, 1))
 
     def is_heard(self, segment: int) -> bool:
@@ -56,13 +54,13 @@ class RowPlan:
         return self.num_asked > 0 and segment in self.sequence.heard_segments
 
     def is_asked(self, segment: int) -> bool:
-        """Whether the head behind a segment is asked, if the row comes so far."""
+        """Whether the head behind a segment is asked, if the row reaches it."""
         return self.num_asked > 0 if segment == self.last_segment else self.thresholds[segment] < math.inf
 
 
 def plan_of_check(sequence: Sequence, num_rows: int) -> RowPlan:
-    """The row of a sequence whose drafts, made beforehand, are all scheduled with its newest token, while `num_rows`
-    sequences decode side by side.
+    """Returns the row of a sequence whose drafts, made beforehand, are all scheduled with its newest token, while
+    `num_rows` sequences decode side by side.
     """
     sequence.drafts.num_rows = num_rows
     num_new = sequence.num_scheduled - sequence.num_computed[0]
@@ -95,7 +93,7 @@ class RowOutput:
     segment: int = NOT_EXITED
     """The segment behind which the newest token left."""
     answers: list[Answer] = field(default_factory=list)
-    """About the newest tokens, `num_asked` of them behind the last segment, else one."""
+    """Answers about the newest tokens: `num_asked` of them behind the last segment, else one."""
     asked: list[ExitAnswer] = field(default_factory=list)
     """For rows that speculate: answers of exits before the last segment, in the order in which they came."""
     read_states: Mapping[int, PassStates] = field(default_factory=dict)
