@@ -41,8 +41,8 @@ def chat(
     """Reads the user's messages, one per line, and answers them, until an empty line or the end of input.
 
     Ctrl-C ends an answer, whose beginning stays in the conversation. A second one, or one at the prompt, ends the
-    conversation. Raises InputError where the tokenizer has no chat template, or one that refuses what every
-    conversation begins with, and under a launcher of several processes.
+    conversation. Raises InputError where the tokenizer has no chat template, or one that refuses the beginning of every
+    conversation, and under a launcher of several processes.
     """
     topology = init_parallel(config.parallel)
     if topology.world_size > 1:
@@ -68,7 +68,7 @@ def chat(
         messages.append({"role": "user", "content": said})
         try:
             words = answer(talk, messages)
-        except InputError as error:  # too long by now, most often: the conversation so far is not lost
+        except InputError as error:  # most often the conversation has become too long; earlier messages are kept
             messages.pop()
             talk.console.print(f"{error}; /reset begins anew", style="red", markup=False)
             continue
@@ -80,8 +80,8 @@ def chat(
 
 
 def stop_ids_of(llm: EarlyExitLLM, template: ChatTemplate) -> tuple[int, ...]:
-    """Token ids that end an answer in a chat, beside the model's end of text: those that the user gave, and the
-    template's end of turn.
+    """Returns the token ids that end an answer in a chat, beside the model's end of text: those that the user gave, and
+    the template's end of turn.
     """
     own, end = llm.defaults.stop_token_ids, template.end_of_turn_id()
     return own if end is None or end >= llm.model.config.vocab_size or llm.defaults.ignore_eos else (*own, end)
@@ -96,8 +96,8 @@ def _check_template(template: ChatTemplate, beginning: list[Message]) -> None:
 
 
 def answer(talk: Talk, messages: list[Message]) -> str | None:
-    """Streams the model's answer to `messages` to the console and returns it: its beginning where Ctrl-C ended it, None
-    if that was before the first word.
+    """Streams the model's answer to `messages` to the console and returns it. Returns its beginning if Ctrl-C ended it,
+    or None if no word had come yet.
     """
     prompt = talk.template.render(messages, add_generation_prompt=True)
     completions: list[Completion] = []

@@ -1,6 +1,6 @@
 """`ee-tuning generate`: prompts to completions at a terminal or as JSON lines.
 
-Under torchrun the first rank prints, and processes beyond tensor × pipeline are replicas, which share the prompts.
+Under torchrun rank 0 prints, and processes beyond tensor × pipeline are replicas, which share the prompts.
 """
 
 import sys
@@ -41,9 +41,9 @@ def generate(
 ) -> int:
     """Loads the model and its exits, completes the prompts together, and prints them. The prompt `-` is standard input.
 
-    Lines of `prompts_file` may have options of their own; a line that fails gets its error, and the exit code is 2.
-    Records are written to `output`, if given: see output_file.py. With `profile` the decoding is measured, and a report
-    of the time by part is written to this folder.
+    Lines of `prompts_file` may have options of their own; a line that fails yields a record with its error, and the
+    exit code is 2. Records are written to `output`, if given: see output_file.py. With `profile` the decoding is
+    measured, and a report of the time by part is written to this folder.
     """
     topology = init_parallel(config.parallel)
     if profile is not None:
@@ -79,7 +79,7 @@ def _generate(
     show_exits: bool,
     profile: Path | None,
 ) -> int:
-    # All ranks share one standard input, and a pipe of prompts can be read once: the first rank reads them.
+    # All ranks share one standard input, and a pipe of prompts can be read only once, so rank 0 reads them.
     prompts, lines = on_first_rank(topology, lambda: _read(prompts, prompts_file))
     llm = EarlyExitLLM.from_config(config, topology)
     options, requests = requests_of(llm, prompts, lines)
@@ -101,12 +101,12 @@ def _generate(
 
 
 def colours_of(llm: EarlyExitLLM) -> dict[int, str]:
-    """A colour for each early exit."""
+    """Returns a colour for each early exit."""
     return exit_colours([layer for layer in llm.exit_layers if layer < llm.num_layers])
 
 
 def exit_colours(early: list[int]) -> dict[int, str]:
-    """A colour for each of these layers, shallow to deep."""
+    """Returns a colour for each of these layers, shallow to deep."""
     return {layer: EXIT_COLOURS[i * len(EXIT_COLOURS) // max(len(early), 1)] for i, layer in enumerate(early)}
 
 
@@ -135,8 +135,8 @@ Parts = dict[int, list[tuple[str, int]]]
 
 
 def _show_text(llm: EarlyExitLLM, jobs: list[Job], options: GenerationSection, show_exits: bool) -> list[Completion]:
-    """Prints completions: a single one as it is generated, several one after the other. A pipe gets no more than their
-    text.
+    """Prints completions: a single one while it is generated, several one after the other. A pipe gets only
+    their text.
     """
     topology = llm.model.topology
     out = Console(highlight=False, soft_wrap=True, quiet=not topology.is_logging_rank)
@@ -151,7 +151,7 @@ def _show_text(llm: EarlyExitLLM, jobs: list[Job], options: GenerationSection, s
             sys.stdout.write(text)  # rich would turn tabs into spaces
         sys.stdout.flush()
 
-    if len(jobs) == 1 and jobs[0].params.n == 1:  # every replica makes it
+    if len(jobs) == 1 and jobs[0].params.n == 1:  # every replica yields it
         completions: list[Completion] = []
         show(jobs[0].prompt, "dim")
         for token in llm.run(jobs, completions, options):
@@ -169,7 +169,7 @@ def _show_text(llm: EarlyExitLLM, jobs: list[Job], options: GenerationSection, s
 
 
 def _made_of(llm: EarlyExitLLM, jobs: list[Job], options: GenerationSection) -> list[tuple[list[Completion], Parts]]:
-    """The completions of each job, and their text in pieces."""
+    """Returns the completions of each job, and their text in pieces."""
     made: list[tuple[list[Completion], Parts]] = [([], {}) for _ in jobs]
     completions: list[Completion] = []
     for token in llm.run(jobs, completions, options):
@@ -180,7 +180,7 @@ def _made_of(llm: EarlyExitLLM, jobs: list[Job], options: GenerationSection) -> 
 
 
 def _print_summary(llm: EarlyExitLLM, completions: list[Completion], colours: dict[int, str]) -> None:
-    # On stderr, so that a pipe gets the completion alone.
+    # On stderr, so that a pipe gets only the completion.
     console = Console(stderr=True, highlight=False)
     completions = [completion for completion in completions if not completion.error]
     layers = [layer for c in completions for layer in c.exit_layers]

@@ -17,7 +17,7 @@ class Completion:
     prompt_index: int = 0
     """The prompt's place among the prompts."""
     index: int = 0
-    """Its number among the prompt's completions."""
+    """The completion's number among those of its prompt."""
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     exit_layers: list[int] = field(default_factory=list)
@@ -61,23 +61,23 @@ class Completion:
 
 @dataclass(frozen=True)
 class StreamedToken:
-    """A token as it is made."""
+    """A token of a stream."""
 
     index: int
     """The prompt's place among the prompts."""
     text: str
-    """Text that can be shown now: none while a character is incomplete or a stop string may be beginning."""
+    """Text that can be shown now: empty while a character is incomplete or a stop string may have begun."""
     exit_layer: int
     confidence: float
     is_last: bool
     completion: int = 0
     """Number of its completion among the prompt's."""
     token_id: int = -1
-    """-1 where an error ended the completion in its place."""
+    """Token id; -1 where an error ended the completion at this position."""
     logprob: float | None = None
-    """Its log-probability in the distribution it was drawn from, if requested."""
+    """The token's log-probability in the distribution that it was drawn from, if requested."""
     top_logprobs: dict[int, float] | None = None
-    """The likeliest ids in its place with their log-probabilities, if requested."""
+    """The likeliest ids at this position with their log-probabilities, if requested."""
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Writer:
     completion: Completion
     stream: TextStream
     started: float
-    """Start of its seconds, by `time.perf_counter`."""
+    """Time by `time.perf_counter` from which its seconds count."""
     shows_text: bool = True
     """Whether each token gets its text, and stop strings are searched."""
 
@@ -109,7 +109,7 @@ class Writer:
             done.top_logprobs.append(step.top_logprobs)
         is_last_of_sequence = len(done.token_ids) == self.sequence.num_output
         ends = self.sequence.finish_reason if is_last_of_sequence else ""
-        # A form ends with a token of the text.
+        # A structured output ends with a token of the text.
         is_left_out = ends == "stop" and step.token_id in self.sequence.stop_ids
         shown = ""
         if not is_left_out and not self.shows_text:

@@ -16,7 +16,7 @@ from ee_tuning.storage.non_finite import no_numbers
 
 
 class CompletionRunner:
-    """The completions that an engine decodes. Every rank of a replica makes the same calls."""
+    """The completions of one engine. Every rank of a replica makes the same calls."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class CompletionRunner:
         keeps_errors: bool = True,
     ):
         """`decode` and `special` are those of a TextStream. With `keeps_errors` a completion whose logits are not
-        finite ends with its `error`; without, `step` raises InputError.
+        finite ends with its `error`; otherwise `step` raises InputError.
         """
         self.engine = engine
         self._decode, self._special, self._keeps_errors = decode, special, keeps_errors
@@ -62,11 +62,11 @@ class CompletionRunner:
         for step in self.engine.step():
             writer = self._writers.get(step.sequence.number)
             if writer is None:
-                continue  # behind a stop string that the same step brought
+                continue  # follows a stop string that the same step brought
             token = self._booked(writer, step)
             if token.is_last:
                 del self._writers[step.sequence.number]
-                self.engine.abort(step.sequence, "stop")  # where a stop string ended it; otherwise it is out already
+                self.engine.abort(step.sequence, "stop")  # ended by a stop string; otherwise it has left already
             yield token
 
     def abort(self, index: int) -> None:
@@ -82,7 +82,9 @@ class CompletionRunner:
         self.engine.clear()
 
     def _booked(self, writer: Writer, step: TokenStep) -> StreamedToken:
-        """Adds the token, or an error where its logits are NaN, which draw the vocabulary's first token."""
+        """Adds the token, or an error where its logits are NaN, for which the vocabulary's first token would be
+        drawn.
+        """
         grammar = step.sequence.grammar
         if math.isnan(step.confidence):
             error = no_numbers(f"the logits behind layer {step.exit_layer}", self.engine.model.plan.dtype)

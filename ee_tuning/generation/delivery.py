@@ -22,7 +22,7 @@ class Delivery(Protocol):
         """Delivers a completion. Raises InputError or OSError where it can not be written."""
 
     def fail(self, record: Record) -> None:
-        """Delivers the one record of a prompt that can not be completed."""
+        """Delivers the record of a prompt that can not be completed."""
 
     def finish(self) -> None:
         """Completes the output. Called after the last record."""
@@ -53,7 +53,7 @@ class InOrder:
             self._first += 1
 
     def fail(self, record: Record) -> None:
-        """Delivers the one record of a prompt that can not be completed."""
+        """Delivers the record of a prompt that can not be completed."""
         self._left[record["prompt_index"]] = 1
         self.write(record)
 
@@ -62,7 +62,7 @@ class InOrder:
 
     def close(self) -> None:
         """Writes the finished records that wait for an unfinished one."""
-        with suppress(OSError, InputError):  # of a stream that took no more, and said so before
+        with suppress(OSError, InputError):  # the stream refused data before, and reported it then
             for place in range(self._first, len(self._held)):
                 self._print(place)
             if self._stream is not sys.stdout:

@@ -25,7 +25,7 @@ class Question(NamedTuple):
 
     text: str
     is_rendered: bool
-    """Whether a chat template made it, special tokens included."""
+    """Whether a chat template rendered it, special tokens included."""
     sample: int
     """Number of the answer among the prompt's."""
 
@@ -43,7 +43,7 @@ class Dialogue:
     finish_reason: str = ""
     """Finish reason of the last answer."""
     is_over: bool = False
-    """Whether it has all its answers, or can get no more."""
+    """Whether it has all its answers, or can get no further one."""
 
     @property
     def messages(self) -> list[Message]:

@@ -142,20 +142,19 @@ class EarlyExitLLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Any,
     ) -> Generator[StreamedToken, None, None]:
-        """Does what `generate` does, token by token; `completions`, if given, is filled with the finished records.
-
-        A prompt that a chat template made has its special tokens already: not `adds_special_tokens`.
+        """Does the work of `generate`, token by token. `completions`, if given, is filled with the finished records. A
+        prompt that a chat template made has its special tokens already: set `adds_special_tokens` to False for it.
         """
         own: list[Completion] = [] if completions is None else completions
         resolved, jobs = self.jobs(prompts, params, **options)
         yield from self.run(jobs, own, resolved)
 
     def score(self, pairs: Iterable[tuple[str, str] | TokenPair], **options: Any) -> list[Score]:
-        """Log-probabilities of each pair's continuation after its context, both texts or both token ids; see
-        `scoring.py`.
+        """Returns the log-probabilities of each pair's continuation after its context, both texts or both token ids;
+        see `scoring.py`.
 
-        `options` as `generate`'s. A context is cut from the left to what the model has positions for. Raises InputError
-        on pairs and options that can not be used, and while completions are streamed.
+        `options` are as in `generate`. A context is cut from the left to the model's number of positions. Raises
+        InputError on pairs and options that can not be used, and while completions are streamed.
         """
         given = options.pop("policy") if isinstance(options.get("policy"), Policy) else None
         resolved = checked_options(self.defaults, options)
@@ -182,8 +181,8 @@ class EarlyExitLLM:
         adds_special_tokens: bool = True,
         **options: Any,
     ) -> tuple[GenerationSection, list[Job]]:
-        """Returns the `generation` section that `options` make, and the jobs of the prompts. `structured_output` is an
-        option, too.
+        """Returns the `generation` section that `options` describe, and the jobs of the prompts. `structured_output` is
+        an option, too.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         form = options.pop("structured_output", None)
@@ -206,7 +205,7 @@ class EarlyExitLLM:
         return resolved, [Job(*job, adds_special_tokens=adds_special_tokens) for job in jobs]
 
     def policy(self, options: GenerationSection) -> Policy:
-        """The policy that the section's keys describe. Raises InputError where these exits do not allow it."""
+        """Returns the policy that the section's keys describe. Raises InputError where these exits do not allow it."""
         return policy_of(
             options,
             self.exit_layers,
@@ -227,7 +226,7 @@ class EarlyExitLLM:
         """Decodes `jobs`, appends a record for each completion to `completions`, and yields tokens as they come.
 
         With `keeps_errors` a job that fails gets a record with its `error`, and the others continue. Without
-        `shows_text` tokens have no text, and a completion is decoded once, at its end.
+        `shows_text` tokens have no text, and each completion is decoded once, at its end.
         """
         if not jobs:
             return
@@ -257,7 +256,7 @@ class EarlyExitLLM:
             engine.proposer.keep()
 
     def prepared(self, job: Job) -> Job:
-        """`job` with its token ids. A stop string that is a special token also becomes a stop token.
+        """Returns `job` with its token ids. A stop string that is a special token also becomes a stop token.
 
         Raises InputError on unusable sampling parameters, an invalid structured output, and a prompt that is empty or
         too long.
@@ -289,8 +288,8 @@ class EarlyExitLLM:
         )
 
     def encode(self, prompt: str, adds_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt, with the tokenizer's beginning tokens and without its end. An empty prompt is the
-        beginning-of-text token.
+        """Returns the token ids of a prompt, with the tokenizer's beginning tokens and without its end. An empty prompt
+        is the beginning-of-text token.
 
         Raises InputError where there are none, or too many.
         """
@@ -302,7 +301,7 @@ class EarlyExitLLM:
         return ids
 
     def token_ids(self, prompt: str, adds_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text of any length. Raises InputError where there are none."""
+        """Returns the token ids of a text of any length. Raises InputError where there are none."""
         try:
             ids = begun(
                 self.tokenizer(prompt, add_special_tokens=False)["input_ids"],
@@ -326,11 +325,11 @@ class EarlyExitLLM:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, without special tokens."""
+        """Returns the text of token ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _engine(self, jobs: list[Job], options: GenerationSection) -> Engine:
-        """An engine with room for these jobs: the current one, if it has room, or a new one."""
+        """Returns an engine with room for these jobs: the current one if it has room, or a new one."""
         limit = self.model.config.max_position_embeddings
         longest = min(max((len(job.prompt_ids) + job.params.max_tokens for job in jobs), default=limit), limit)
         rows = max(1, min(sum(job.params.n for job in jobs), options.max_batch_size))
@@ -344,7 +343,7 @@ class EarlyExitLLM:
         ):
             if (
                 engine is not None and engine.cache.max_length < longest
-            ):  # a conversation, which would otherwise need a new engine, with an empty cache, each turn
+            ):  # otherwise each turn of a conversation would need a new engine, with an empty cache
                 longest = min(2 * longest, limit)
             engine = None  # before the new caches are made
             engine = self.new_engine(options, num_slots=rows, max_length=longest)
@@ -375,8 +374,8 @@ class EarlyExitLLM:
 
 
 def _stop_token_ids(folder: Path, config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a completion: those of generation_config.json, if it names any, or of config.json, as in
-    transformers.
+    """Returns the tokens that end a completion: those of generation_config.json, if it names any, or of config.json, as
+    in transformers.
 
     A Megatron checkpoint names none; the tokenizer's end of text is used.
     """

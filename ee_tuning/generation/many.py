@@ -43,8 +43,8 @@ def deliver(
     """Completes the requests that have a job and delivers a record for each completion, or error: to `output`, or
     standard output.
 
-    Returns the completions that were made now, on rank 0, and how many requests could not be done, on all ranks. All
-    ranks call it; rank 0 delivers what all replicas make.
+    Returns the newly made completions, on rank 0, and the number of requests that failed, on all ranks. All ranks call
+    it; rank 0 delivers the records of all replicas.
     """
     topology, counts = llm.model.topology, [request.num_completions for request in requests]
     opened: list[Delivery] = []
@@ -74,7 +74,7 @@ def deliver(
 
 def settings_of(llm: EarlyExitLLM, config: Config, requests: list[Request], options: GenerationSection) -> Settings:
     """Returns everything that the completions depend on, as plain data."""
-    free = ENGINE_KEYS | {"calibration"}  # what a calibration says is in the policies of the requests
+    free = ENGINE_KEYS | {"calibration"}  # the content of a calibration is part of the requests' policies
     digest = hashlib.sha256()
     for request in requests:
         asked = None if request.job is None else dataclasses.asdict(request.job)
@@ -157,7 +157,7 @@ def _decode(
 
 @contextmanager
 def closed_at_the_end(delivery: Delivery | None, num_completions: int) -> Iterator[None]:
-    """Closes `delivery`, and prints how much of a job is kept that Ctrl-C or SIGTERM stops."""
+    """Closes `delivery`. If Ctrl-C or SIGTERM stops the job, prints how many completions are kept."""
     try:
         with _term_raises():
             yield
@@ -175,7 +175,7 @@ def closed_at_the_end(delivery: Delivery | None, num_completions: int) -> Iterat
 
 @contextmanager
 def _term_raises() -> Iterator[None]:
-    """Lets SIGTERM end the block as an exception does, so that what is finished is delivered."""
+    """Makes SIGTERM end the block like an exception, so that finished completions are delivered."""
 
     def stop(_: int, __: FrameType | None) -> NoReturn:
         raise SystemExit(STOPPED_BY_TERM)

@@ -1,4 +1,4 @@
-"""Options of a call over a job's `generation` section, and what the engine and its sampler take of them."""
+"""Options of a call over a job's `generation` section, and the parts of them that the engine and its sampler take."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from ee_tuning.sampling.params import SamplingParams
 
 
 def engine_settings(options: GenerationSection) -> dict[str, Any]:
-    """The section's keys that an engine is created with."""
+    """Returns the section's keys that an engine is created with."""
     return {
         "max_pending": options.max_pending,
         "prefill_chunk": options.prefill_chunk,
@@ -21,8 +21,8 @@ def engine_settings(options: GenerationSection) -> dict[str, Any]:
 
 
 def with_options(defaults: GenerationSection, options: dict[str, Any]) -> GenerationSection:
-    """`defaults` with the keys of `options` replaced. A threshold or measure in `options` overrules a calibration file
-    in the defaults.
+    """Returns `defaults` with the keys of `options` replaced. A threshold or measure in `options` overrules a
+    calibration file in the defaults.
     """
     given = load_config(None, {f"generation.{key}": value for key, value in options.items()}).generation
     kept = without_overruled(vars(defaults), options)
@@ -40,7 +40,7 @@ def checked_options(defaults: GenerationSection, options: dict[str, Any]) -> Gen
 
 
 def params_of(generation: GenerationSection) -> SamplingParams:
-    """The section's sampling parameters. Their values are checked when a request is added."""
+    """Returns the section's sampling parameters. Their values are checked when a request is added."""
     same = {field.name for field in dataclasses.fields(SamplingParams)} & {
         field.name for field in dataclasses.fields(GenerationSection)
     }

@@ -43,12 +43,12 @@ class Form:
     """Key of the object with `prompt_index`, `index` and `job`; None where the record itself has them."""
 
     def marks(self, record: Record) -> Record:
-        """The object with these keys, or an empty one."""
+        """Returns the object with these keys, or an empty one."""
         marks = record if self.under is None else record.get(self.under)
         return marks if isinstance(marks, dict) else {}
 
     def marked(self, record: Record, job: str) -> Record:
-        """`record` with the key `job`."""
+        """Returns `record` with the key `job`."""
         return (
             {**record, "job": job} if self.under is None else {**record, self.under: {**record[self.under], "job": job}}
         )
@@ -81,8 +81,8 @@ def is_stream(path: Path) -> bool:
 
 
 def journal_of(path: Path) -> Path:
-    """The journal of `path`."""
-    return Path(f"{os.path.realpath(path)}.partial")  # a link stays, and what it names is written
+    """Returns the journal of `path`."""
+    return Path(f"{os.path.realpath(path)}.partial")  # a link is kept, and its target is written
 
 
 @contextmanager

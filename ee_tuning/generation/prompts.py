@@ -29,7 +29,9 @@ ENGINE_KEYS = frozenset({"max_pending", "prefill_chunk", "max_batch_size", "reus
 
 
 def read_prompts(path: Path) -> list[Line]:
-    """The lines of a file. Raises InputError where it can not be read or a line is no object with a `prompt`."""
+    """Returns the lines of a file. Raises InputError where it can not be read or a line is no object with a
+    `prompt`.
+    """
     lines = []
     for number, line in read_json_lines(path, "--prompts"):
         if not isinstance(line.get("prompt"), str):
@@ -93,8 +95,8 @@ def _check_kept(key: str) -> None:
 
 
 def job_of(llm: EarlyExitLLM, line: Line) -> Job:
-    """A line's job: its own keys, the run's for the others. Raises InputError on a key or value that can not be
-    used.
+    """Returns a line's job: its own keys, and the run's for all others. Raises InputError on a key or value that can
+    not be used.
     """
     keys = {key: value for key, value in line.items() if key not in ("prompt", "logit_bias", "structured_output")}
     if misplaced := ENGINE_KEYS & keys.keys():

@@ -83,11 +83,11 @@ def regenerate(config: Config, wish: Wish) -> None:
     command are kept.
 
     Raises InputError, before the model is loaded, on files, options and an output that can not be used, and where no
-    prompt can be answered. A prompt alone that can not be is left out.
+    prompt can be answered. A single prompt that can not be answered is left out.
     """
     topology = init_parallel(config.parallel)
     _check(config)
-    # Exits are not asked; nor are log-probabilities.
+    # Exits are not evaluated, nor are log-probabilities requested.
     config = replace(config, exits={"path": None}, generation={"policy": "full", "calibration": None, "logprobs": None})
     read = _Prompts()
     on_first_rank(topology, lambda: _read(config, wish, read))
@@ -124,7 +124,7 @@ def _check(config: Config) -> None:
 
 
 def _read(config: Config, wish: Wish, read: _Prompts) -> None:
-    """Fills `read`. Nothing is written."""
+    """Fills `read`. Writes nothing."""
     if named_format(wish.output.name) != "lines" or wish.output.suffix.lower() in (".gz", ".zst", ".bz2", ".xz"):
         raise InputError(f"--output must end in .jsonl, for which tune reads a record a line, got {wish.output}")
     if wish.output.exists() and is_stream(wish.output):
@@ -153,7 +153,7 @@ def _read(config: Config, wish: Wish, read: _Prompts) -> None:
         first = f", the first at {read.left_out[0].where()}: {read.left_out[0].reason}" if read.left_out else ""
         raise InputError(f"data.paths = {', '.join(config.data.paths)} holds no prompt{first}; give other files")
     if any(prompt.turns for prompt in read.prompts):
-        ChatTemplate(tokenizer, given).source()  # refuses its absence before a model is loaded
+        ChatTemplate(tokenizer, given).source()  # raises before a model is loaded, if there is no template
 
 
 def _prompts(
@@ -174,7 +174,7 @@ def _prompts(
         files = [path for corpus in corpora for path in corpus.texts]
         records = (record for piece in file_ranges(files) for record in read_records(piece, reading.text_key))
         for number, (record, where) in enumerate(records, 1):
-            if has_pipes(config.data.paths):  # whose copies are gone when an error wants to name a line
+            if has_pipes(config.data.paths):  # the copies are gone when an error is to name a line
                 where = partial("record {}".format, number)
             found = prompt_of(record, reading, where)
             if isinstance(found, LeftOut):
@@ -199,7 +199,7 @@ def _settings(llm: EarlyExitLLM, config: Config, wish: Wish, params: SamplingPar
 def _answer(
     llm: EarlyExitLLM, config: Config, wish: Wish, options: GenerationSection, read: _Prompts, output: OutputFile | None
 ) -> None:
-    """Asks for what `output` lacks, and finishes it. `output` is rank 0's alone."""
+    """Generates the answers that `output` lacks, and finishes it. Only rank 0 has `output`."""
     done = output.done if output is not None else frozenset[Key]()
     num_all = len(read.prompts) * options.n
     if done:
@@ -236,7 +236,7 @@ def _decode(
     output: OutputFile | None,
     progress: CompletionProgress,
 ) -> None:
-    """`ends_of_turn` are stop tokens of chats."""
+    """Decodes. `ends_of_turn` are stop tokens of chats."""
 
     def write_ended() -> None:
         if output is None:
@@ -268,7 +268,9 @@ def _decode(
 
 
 def _with_own_seed(params: SamplingParams, index: int) -> SamplingParams:
-    """Several answers to one prompt are drawn apart, in each turn; the first is what n = 1 gives."""
+    """Returns the parameters with a seed of their own: answers to one prompt are drawn independently, in each turn, and
+    the first equals that of n = 1.
+    """
     if index == 0:
         return params
     return dataclasses.replace(

@@ -1,7 +1,8 @@
-"""Prompts shared out over the replicas of a model (data parallelism), their results in the order of the prompts on
+"""Distribution of prompts over the replicas of a model (data parallelism), with results in the order of the prompts on
 every rank.
 
-A replica's ranks, tensor × pipeline, decode together and know the same results; of each replica one rank's are taken.
+The ranks of a replica, tensor × pipeline, decode together and have the same results; those of one rank per replica are
+taken.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,11 +25,11 @@ def over_replicas(
     *,
     work: Callable[[Item], int] | None = None,
 ) -> list[Result]:
-    """What `action` makes of the items, one result each, in their order, on every rank. All ranks call it with the same
-    items.
+    """Returns the results of `action`, one per item, in the order of the items, on every rank. All ranks call it with
+    the same items.
 
-    Replica r is given items r, r + dp, … , or, by the `work` of each item, a share that costs about as much as others';
-    one that is given none does nothing. Where `action` fails on one rank all raise: its InputError, or else its own
+    Replica r gets items r, r + dp, … , or, if `work` estimates the cost of an item, a share of about equal cost. A
+    replica without items does nothing. Where `action` fails on one rank all raise: its InputError, or else its own
     exception there and a RuntimeError on the others.
     """
     results, failure = list[Result](), None
@@ -42,7 +43,7 @@ def over_replicas(
     try:
         results = action(share) if share else []
         assert len(results) == len(share), (len(results), len(share))
-    except Exception as error:  # of any kind: the other replicas wait for an answer
+    except Exception as error:  # any exception: the other replicas wait for an answer
         failure = error
     if topology.world_size == 1:
         if failure is not None:

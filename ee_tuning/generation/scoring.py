@@ -1,9 +1,9 @@
 """Log-probabilities of given continuations under a policy, from whole sequences at once (`EarlyExitLLM.score`).
 
 Every position is teacher-forced: it has the distribution of the exit at which its token would leave, of the final head
-where it leaves at none. In decoding the first token of a completion is the final head's, for reading the prompt goes
-through all layers anyway; here it may leave as all others do: answers of one token would say nothing about exits
-otherwise. A token that a shortlisted exit can not say has there the part of "any other token" that each of them has.
+where it leaves at none. In decoding the first token of a completion is the final head's, because reading the prompt
+takes all layers anyway; here it may leave like all others, because answers of one token would otherwise say nothing
+about exits. A token that a shortlisted exit can not predict gets an equal share of "any other token" there.
 """
 
 import dataclasses
@@ -41,27 +41,29 @@ Encode = Callable[[str, bool], list[int]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """A continuation, token by token."""
+    """Scores of a continuation, token by token."""
 
     token_ids: list[int]
     logprobs: list[float]
     """The log-probability of each token, in nats."""
     is_greedy: list[bool]
-    """Whether each token was the likeliest one where it was looked up."""
+    """Whether each token was the likeliest one in the distribution that it was looked up in."""
     exit_layers: list[int]
-    """The layer that each token's distribution is of; the number of layers where its position did not leave early."""
+    """The layer whose head gave each token's distribution; the number of layers where its position did not
+    leave early.
+    """
     top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
-    """The likeliest ids at each token with their log-probabilities, where asked for."""
+    """The likeliest ids at each token with their log-probabilities, if requested."""
 
     @property
     def logprob(self) -> float:
-        """The log-probability of the whole continuation."""
+        """Log-probability of the whole continuation."""
         return sum(self.logprobs)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """A sequence that is read once, and what is asked about it."""
+    """A sequence that is read once, and the positions to be scored in it."""
 
     tokens: list[int]
     asked: list[tuple[int, int]]
@@ -71,7 +73,8 @@ class _Row:
 
 
 def token_pairs(model: EarlyExitModel, encode: Encode, pairs: Iterable[tuple[str, str] | TokenPair]) -> list[TokenPair]:
-    """Token ids of each pair. Contexts are cut from the left to the model's positions, as in lm-evaluation-harness.
+    """Returns the token ids of each pair. Contexts are cut from the left to the model's positions, as in
+    lm-evaluation-harness.
 
     Raises InputError where either part is empty, a continuation alone is too long, or a token is not of the vocabulary.
     """
@@ -129,7 +132,7 @@ def score_by(
         for batch in batches:
             scorer.read(batch, answers)
         scorer.link.finish()
-    if model.topology.pp > 1:  # each answer is of one stage, zero on the others
+    if model.topology.pp > 1:  # each answer comes from one stage and is zero on the others
         dist.all_reduce(answers, group=model.topology.pp_control)
     layers, logprobs = answers[..., 0], answers[..., 1]
     if bool((broken := logprobs.isnan()).any()):
@@ -159,8 +162,8 @@ def _top_logprobs(found: Tensor) -> list[dict[int, float]]:  # [tokens, 2 k]: id
 
 
 def _rows(pairs: Sequence[TokenPair], ends: list[int]) -> list[_Row]:
-    """Longest first, so that memory which does not suffice is missed at once. Pairs that differ in their last token
-    alone share a row.
+    """Returns the rows, longest first, so that a lack of memory shows at once. Pairs that differ only in their last
+    token share a row.
     """
     rows: dict[tuple[int, ...], _Row] = {}
     for (context, continuation), first in zip(pairs, ends, strict=False):
@@ -180,17 +183,17 @@ def _batches(rows: list[_Row], max_rows: int) -> Iterator[list[_Row]]:
 
 
 class _Scorer:
-    """Passes through this stage."""
+    """Passes through this stage, for scoring."""
 
     def __init__(self, model: EarlyExitModel, policies: Sequence[Policy], num_top: int):
         self.model, self.policies, self.topology, self.link = model, policies, model.topology, StageLink(model.topology)
         self._num_top = num_top
         plan, last = model.plan, model.config.num_layers
         self._through = max(last if policy.fixed_exit is None else policy.fixed_exit for policy in policies)
-        """No layer behind this one is needed."""
+        """Deepest layer that any policy needs."""
         self._asked: dict[int, dict[int, float | None]] = {}
-        """Exits of this stage, shallow to deep -> policies that ask them, by place -> the confidence at which a
-        position leaves; None where all do.
+        """Exits of this stage, shallow to deep -> index of each policy that asks the exit -> the confidence at which a
+        position leaves, or None where every position does.
         """
         for place, policy in enumerate(policies):
             asked = dict(policy.thresholds) if policy.fixed_exit is None else {policy.fixed_exit: None}
@@ -203,7 +206,7 @@ class _Scorer:
         ]
 
     def read(self, rows: list[_Row], answers: Tensor) -> None:
-        """Takes rows through this stage, and writes those answers that are found here."""
+        """Runs rows through this stage, and writes the answers that are found here."""
         if self.model.plan.first_layer > self._through:
             return
         length, width, device = len(rows[0].tokens), self.model.config.hidden_size, self.topology.device
@@ -237,8 +240,8 @@ class _Scorer:
         stays: Tensor,
         found: Tensor,
     ) -> None:  # [n], [n], [p, n] bool, [p, n, 3 + 2 k]
-        """Asks the exits of this stage, shallow to deep, about the positions that have not left by all policies; those
-        that leave are taken out of `stays`.
+        """Asks the exits of this stage, shallow to deep, about the positions that have not left under all policies.
+        Positions that leave are cleared in `stays`.
         """
         for layer, thresholds in self._asked.items():
             if not len(going := stays[list(thresholds)].any(0).nonzero()[:, 0]):
@@ -262,7 +265,7 @@ class _Scorer:
     def _leave(
         self, policy: int, layer: int, where: Tensor, told: Tensor, stays: Tensor, found: Tensor
     ) -> None:  # …, [m], [m, 2 + …], …
-        """Writes what a policy has by this layer."""
+        """Writes the scores of positions that leave at this layer under a policy."""
         found[policy, where, 0] = layer
         found[policy, where, 1:3] = told[:, :2]
         found[policy, where, 3:] = told[:, told.shape[1] - 2 * self._num_top :]
@@ -276,7 +279,7 @@ class _Scorer:
             return head(
                 inputs.tokens(places), lambda states, weight: self._read(states, weight, vocab, labels, measures)
             )
-        # A head with a layer of its own attends over whole sequences.
+        # A head with its own layer attends over whole sequences.
         return head(
             inputs, lambda states, weight: self._read(states.flatten(0, 1)[places], weight, vocab, labels, measures)
         )
@@ -289,8 +292,8 @@ class _Scorer:
         labels: Tensor,
         measures: Sequence[Measure],
     ) -> Tensor:  # [n] -> [n, 2 + measures + 2 k]
-        """The label's log-probability, whether it is the likeliest token, the confidence by each measure, the likeliest
-        ids and their log-probabilities; float64.
+        """Returns the label's log-probability, whether it is the likeliest token, the confidence by each measure, the
+        likeliest ids and their log-probabilities; float64.
         """
         width = 2 + len(measures) + 2 * self._num_top
         told = torch.zeros(len(labels), width, dtype=torch.float64, device=hidden.device)

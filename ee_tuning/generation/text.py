@@ -8,13 +8,15 @@ from typing import Any
 
 REPLACEMENT = "�"
 CONTEXT_TOKENS = 4
-"""Tokens of the prompt that are decoded with the completion: some tokenizers drop the space that a text begins with."""
+"""Tokens of the prompt that are decoded together with the completion, because some tokenizers drop the space at the
+beginning of a text.
+"""
 CHARACTER_TOKENS = 4
 """No character has more bytes, and so more tokens, than this."""
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:
-    """Id -> text of each token that is left out of decoded text."""
+    """Returns id -> text of each token that is left out of decoded text."""
     added = {token: str(each) for token, each in tokenizer.added_tokens_decoder.items() if each.special}
     return {**dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)), **added}
 
@@ -50,7 +52,7 @@ class TextStream:
         self._shown = 0
 
     def push(self, token_id: int) -> str:
-        """Adds a token; returns the text that can be shown now."""
+        """Adds a token, and returns the text that can be shown now."""
         self._ids.append(token_id)
         tail = self._decode(self._ids[self._settled :])
         whole = tail.rstrip(REPLACEMENT)  # a character's later bytes are still to come
@@ -66,7 +68,7 @@ class TextStream:
         self._ids.append(token_id)
 
     def flush(self) -> str:
-        """The text held back, at the end of the completion."""
+        """Returns the held-back text, at the end of the completion."""
         if not self.has_stopped:
             self.text = (self._before + _with_cut_character(self._ids[self._settled :], self._decode))[
                 self._prompt_length :
@@ -91,7 +93,7 @@ class TextStream:
         return shown
 
     def _find(self, stop: str) -> int:
-        """Position of `stop` in `text`, or -1."""
+        """Returns the position of `stop` in `text`, or -1."""
         start = max(0, self._shown - len(stop))
         if not self._is_marked(stop):
             return self.text.find(stop, start)
@@ -100,7 +102,7 @@ class TextStream:
         return places[at] if at >= 0 else -1
 
     def _beginning(self, stop: str) -> int:
-        """Number of characters at the end of `text` that may begin `stop`."""
+        """Returns the number of characters at the end of `text` that may begin `stop`."""
         if not self._is_marked(stop):
             return overlap(self.text, stop)
         said, places = self._with_special(max(0, len(self.text) - len(stop)))
@@ -113,7 +115,7 @@ class TextStream:
         return self._holds_special[stop]
 
     def _with_special(self, start: int) -> tuple[str, list[int]]:
-        """`text` from `start` on with special tokens, and the position of each of its characters in `text`."""
+        """Returns `text` from `start` on with special tokens, and the position of each of its characters in `text`."""
         said, places = "", list[int]()
         for place, mark in [*((place, mark) for place, mark in self._left_out if place >= start), (len(self.text), "")]:
             said += self.text[start:place] + mark
@@ -123,7 +125,8 @@ class TextStream:
 
 
 def _last_tokens(ids: list[int], decode: Callable[[list[int]], str]) -> tuple[list[int], str]:
-    """The last CONTEXT_TOKENS of `ids`, or a few more, so that the first of them begins a character; and their text.
+    """Returns the last CONTEXT_TOKENS of `ids`, or a few more, so that the first of them begins a character; and their
+    text.
 
     Decoders that fall back to bytes make replacement characters of a whole run of bytes whose first character is cut.
     """
@@ -135,7 +138,7 @@ def _last_tokens(ids: list[int], decode: Callable[[list[int]], str]) -> tuple[li
 
 
 def _with_cut_character(ids: list[int], decode: Callable[[list[int]], str]) -> str:
-    """The text of `ids`. A last character whose bytes are not all there does not spoil the whole ones before it."""
+    """Returns the text of `ids`. An incomplete last character leaves the complete ones before it intact."""
     text = decode(ids)
     for size in range(1, CHARACTER_TOKENS) if text.endswith(REPLACEMENT) else ():
         before = decode(ids[:-size])

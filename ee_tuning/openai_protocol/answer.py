@@ -1,4 +1,4 @@
-"""Answers as OpenAI's API has them, whole or in chunks; what both kinds of completions have in common."""
+"""Answers as OpenAI's API has them, whole or in chunks; the common part of both kinds of completions."""
 
 import secrets
 import time
@@ -35,11 +35,11 @@ class Answer(ABC):
         self._num_streamed = 0
 
     def choice_of(self, place: int, completion: int) -> int:
-        """The index of the choice."""
+        """Returns the index of the choice."""
         return place * self.n + completion
 
     def whole(self, completions: list[Completion]) -> Json:
-        """The answer; `completions` are in the order of choices."""
+        """Returns the answer; `completions` are in the order of choices."""
         choices = [
             {
                 "index": index,
@@ -52,15 +52,15 @@ class Answer(ABC):
         return {**self._begins, "object": self.kind, "choices": choices, "usage": self.usage(completions)}
 
     def first_chunks(self) -> list[Json]:
-        """What a stream begins with."""
+        """Returns the first chunks of a stream."""
         return []
 
     def take_prompt(self, place: int, score: Score) -> list[Json]:
-        """Takes the log-probabilities of a prompt; returns what they add to a stream."""
+        """Takes the log-probabilities of a prompt, and returns the chunks that they add to a stream."""
         return []
 
     def chunk(self, place: int, token: StreamedToken) -> Json | None:
-        """What a token adds to the stream; None where it is nothing yet."""
+        """Returns the chunk of a token; None where it adds nothing to the stream yet."""
         index = self.choice_of(place, token.completion)
         self._num_streamed += 1
         told = self.token_choice(index, token)
@@ -73,7 +73,7 @@ class Answer(ABC):
         return self.as_chunk([{"index": index, **told, "finish_reason": None}])
 
     def last_chunk(self, place: int, completion: Completion) -> Json:
-        """The end of a choice."""
+        """Returns the last chunk of a choice."""
         index = self.choice_of(place, completion.index)
         reason = self.finish_reason(index, completion)
         return self.as_chunk([{"index": index, **self.end_choice(), "finish_reason": reason}])
@@ -82,21 +82,21 @@ class Answer(ABC):
         """Takes a token of a whole answer, before `whole`."""
 
     def finish_reason(self, index: int, completion: Completion) -> str:
-        """Why a choice ends."""
+        """Returns the reason for the end of a choice."""
         return completion.finish_reason
 
     def end_chunks(self, completions: list[Completion]) -> list[Json]:
-        """What a stream ends with."""
+        """Returns the last chunks of a stream."""
         return [{**self.as_chunk([]), "usage": self.usage(completions)}] if self._counts_at_end else []
 
     def as_chunk(self, choices: list[Json]) -> Json:
-        """A chunk with these choices."""
+        """Returns a chunk with these choices."""
         so_far = self._counted(self._num_streamed) if self._counts_always else None
         usage = {"usage": so_far} if self._counts_at_end else {}
         return {**self._begins, "object": self.chunk_kind, "choices": choices, **usage}
 
     def usage(self, completions: list[Completion]) -> Json:
-        """Tokens of prompts, each counted once, and of completions."""
+        """Returns the number of tokens of prompts, each counted once, and of completions."""
         cached = sum(done.statistics.num_reused for done in completions if done.index == 0)
         made = sum(len(done.token_ids) for done in completions)
         return {**self._counted(made), "prompt_tokens_details": {"cached_tokens": cached}}
@@ -107,15 +107,15 @@ class Answer(ABC):
 
     @abstractmethod
     def whole_choice(self, index: int, done: Completion) -> Json:
-        """The text of a choice and its log-probabilities."""
+        """Returns the text of a choice and its log-probabilities."""
 
     @abstractmethod
     def token_choice(self, index: int, token: StreamedToken) -> Json:
-        """The text of one token and its log-probabilities."""
+        """Returns the text of one token and its log-probabilities."""
 
     @abstractmethod
     def end_choice(self) -> Json:
-        """The empty text that ends a choice."""
+        """Returns the empty text that ends a choice."""
 
     def _own(self, done: Completion) -> Json:
         told: Json = {}
@@ -125,5 +125,5 @@ class Answer(ABC):
 
 
 def said(logprob: float) -> float:
-    """A log-probability in JSON, which has no word for minus infinity."""
+    """Returns a log-probability in JSON, which can not express minus infinity."""
     return max(logprob, IMPOSSIBLE)

@@ -1,4 +1,4 @@
-"""`response_format` and `structured_outputs` of a request as the engine takes them."""
+"""Converts `response_format` and `structured_outputs` of a request to the engine's form."""
 
 import re
 from typing import Any
@@ -7,12 +7,14 @@ from ee_tuning.errors import InputError
 from ee_tuning.sampling.structured_output import StructuredOutput, structured_output_of
 
 _PLACE = re.compile(r"at \d+\(\d+\): failed to compile JSON schema: ")
-"""A place in a grammar that the client has not written."""
+"""A position in a grammar that was generated and not written by the client."""
 _KINDS = ("text", "json_object", "json_schema")
 
 
 def answer_form(response_format: dict[str, Any] | None, structured_outputs: dict[str, Any] | None) -> Any:
-    """The StructuredOutput that a request asks for, or None. Raises InputError on values of no use, and on both."""
+    """Returns the StructuredOutput that a request asks for, or None. Raises InputError on values that can not be used,
+    and if both are given.
+    """
     of_format = _of_format(response_format)
     try:
         own = structured_output_of(structured_outputs)
@@ -24,7 +26,7 @@ def answer_form(response_format: dict[str, Any] | None, structured_outputs: dict
 
 
 def by_request_names(message: str, *, is_call: bool, has_format: bool) -> str:
-    """A form's name in a message, by the name that a request has for it."""
+    """Replaces a form's name in a message by the request's name for it."""
     if is_call:
         return _PLACE.sub("", message.replace("grammar of structured_output", "parameters of tools", 1))
     if has_format:

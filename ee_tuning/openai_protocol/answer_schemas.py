@@ -93,7 +93,7 @@ _ANSWERS: dict[str, Schema] = {
 
 
 def answer_content(path: str) -> dict[str, Any]:
-    """The content of the answer of an endpoint by media type."""
+    """Returns the content of an endpoint's answer, by media type."""
     if path == "/metrics":
         return {"text/plain": {"schema": _TEXT}}
     content = {"application/json": {"schema": _ANSWERS[path]}}

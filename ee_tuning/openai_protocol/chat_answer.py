@@ -28,16 +28,16 @@ class ChatAnswer(Answer):
         use: ToolUse | None,
         special: Mapping[int, str],
     ):
-        """`use` is what may be called, if anything; `special` are tokens that texts leave out."""
+        """`use` describes the functions that may be called, if any; `special` are tokens that texts leave out."""
         super().__init__(body, jobs, model_name, texts)
         self._use = use
         self._marks = {token: text for token, text in special.items() if use is not None and text in use.form.marks}
-        """Tokens that the text leaves out, and calls are read by."""
+        """Tokens that the text leaves out, and that mark calls."""
         self._readers = [ToolCallReader(use.form, use.names) for _ in range(self.n)] if use is not None else []
         self._messages: list[Json] = [{"content": ""} for _ in self._readers]
 
     def first_chunks(self) -> list[Json]:
-        """The role of each choice."""
+        """Returns the chunks with the role of each choice."""
         delta = {"role": "assistant", "content": ""}
         return [
             self.as_chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
@@ -45,7 +45,7 @@ class ChatAnswer(Answer):
         ]
 
     def take(self, place: int, token: StreamedToken) -> None:
-        """Reads calls from the tokens of a whole answer: their marks may be tokens that the text leaves out."""
+        """Parses calls from the tokens of a whole answer: their marks may be tokens that the text leaves out."""
         if self._readers:
             message = self._messages[token.completion]
             for delta in self._deltas(token):
@@ -57,7 +57,7 @@ class ChatAnswer(Answer):
                     message["tool_calls"][delta.call]["function"]["arguments"] += delta.text
 
     def whole_choice(self, index: int, done: Completion) -> Json:
-        """The text of a choice, its calls and its log-probabilities."""
+        """Returns the text of a choice, its calls and its log-probabilities."""
         logprobs, message = None, self._messages[index] if self._readers else Json(content=done.text)
         if done.logprobs:
             logprobs = {"content": list(map(self._logprob, done.token_ids, done.logprobs, done.top_logprobs))}
@@ -66,7 +66,7 @@ class ChatAnswer(Answer):
         return {"message": {"role": "assistant", "refusal": None, **message}, "logprobs": logprobs}
 
     def token_choice(self, index: int, token: StreamedToken) -> Json:
-        """The same of one token."""
+        """Returns the text of one token, its part of calls and its log-probabilities."""
         logprobs = None
         if token.logprob is not None:
             logprobs = {"content": [self._logprob(token.token_id, token.logprob, token.top_logprobs or {})]}
@@ -74,14 +74,14 @@ class ChatAnswer(Answer):
         return {"delta": delta, "logprobs": logprobs}
 
     def chunk(self, place: int, token: StreamedToken) -> Json | None:
-        """What a token adds to the stream; None where it is a part of a call's frame."""
+        """Returns the chunk of a token; None where it is a part of a call's frame."""
         made = super().chunk(place, token)
         if made is None or not self._readers or self._tells_exits or self._tells_ids or token.logprob is not None:
             return made
         return made if made["choices"][0]["delta"] else None
 
     def finish_reason(self, index: int, completion: Completion) -> str:
-        """Calls are a reason, unless the request names the function, as OpenAI has it."""
+        """Returns the reason; calls are one, unless the request names the function, as in OpenAI's API."""
         if completion.finish_reason == "stop" and self._use is not None and not self._use.is_named:
             return "tool_calls" if self._readers[index].num_calls else "stop"
         return completion.finish_reason
@@ -91,11 +91,11 @@ class ChatAnswer(Answer):
         deltas = reader.push(token.text)
         deltas += reader.push(self._marks.get(token.token_id, ""))
         deltas += reader.finish() if token.is_last else []
-        # Where a call is required, text is one that was cut off too early to be one.
+        # If a call is required, any text is the beginning of a call that was cut off.
         return [delta for delta in deltas if delta.call is not None or self._use is None or not self._use.is_required]
 
     def end_choice(self) -> Json:
-        """The same where nothing is left."""
+        """Returns the empty delta that ends a choice."""
         return {"delta": {}, "logprobs": None}
 
     def _logprob(self, token: int, logprob: float, top: dict[int, float]) -> Json:
@@ -112,7 +112,7 @@ def _call(delta: Delta) -> Json:
 
 
 def _merged(deltas: list[Delta]) -> Json:
-    """The delta of a chunk."""
+    """Returns the delta of a chunk."""
     content = "".join(delta.text for delta in deltas if delta.call is None)
     calls = [
         {"index": delta.call, **(_call(delta) if delta.name else {"function": {"arguments": delta.text}})}

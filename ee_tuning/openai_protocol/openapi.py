@@ -1,4 +1,4 @@
-"""The OpenAPI document: what the framework derives, with answers and errors as they are."""
+"""The OpenAPI document: derived by the framework, with the true answers and errors added."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ _STATUSES = {
 
 
 def tell_true_answers(app: FastAPI) -> None:
-    """Tells what an answer holds, and replaces the framework's 422, which never comes, by the errors that do."""
+    """Adds the content of answers, and replaces the framework's 422, which never occurs, by the errors that do."""
     derive = app.openapi
 
     def openapi() -> dict[str, Any]:

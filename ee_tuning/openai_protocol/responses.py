@@ -25,12 +25,12 @@ class StrictJson(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """The bytes of the body."""
+        """Returns the bytes of the body."""
         return to_json(content, **_COMPACT).encode()
 
 
 class ErrorJson(StrictJson):
-    """An error in OpenAI's form. Its message stands in the request's line in the log, too."""
+    """An error in OpenAI's form. Its message appears in the request's line in the log, too."""
 
     def __init__(self, body: dict[str, Any], status: int, headers: dict[str, str] | None = None):
         self._message = body["error"]["message"]
@@ -57,8 +57,8 @@ async def unless_client_leaves(request: Request, work: Awaitable[Any], seconds: 
 
 
 class EventStream(Response):
-    """Server-sent events: an object a line, then [DONE]; each list of objects is sent at once. `close` is called in any
-    case, at once when the client leaves.
+    """Server-sent events: one object per line, then [DONE]; each list of objects is sent at once. `close` is called in
+    any case, at once when the client leaves.
     """
 
     media_type = "text/event-stream"
@@ -75,7 +75,7 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            # A reader that takes nothing stops `send`, and time goes on.
+            # If the reader takes nothing, `send` blocks; the time limit still applies.
             async with asyncio.timeout(self._seconds or None):
                 await self._send_objects(send)
         except TimeoutError:

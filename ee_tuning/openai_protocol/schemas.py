@@ -38,19 +38,19 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tool_choice": ((None, "none"), "tools are for chats; ask /v1/chat/completions"),
     "tools": ((None, []), "tools are for chats; ask /v1/chat/completions"),
 }
-"""Parameters that are refused, except with these values, which ask for nothing."""
+"""Parameters that are refused, except with these values, which request nothing."""
 
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenIds = list[Whole]
 
 
 def _between(least: float, most: float | None = None) -> Any:
-    """A range for the OpenAPI document; the engine refuses what is outside, with its reason."""
+    """Returns a range for the OpenAPI document; the engine refuses other values, with its own message."""
     return {"minimum": least} if most is None else {"minimum": least, "maximum": most}
 
 
 class Body(BaseModel):
-    """What all bodies have in common."""
+    """Base of all bodies: unknown and unsupported parameters are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -79,7 +79,7 @@ def _refusal(name: str, message: str) -> PydanticCustomError:
 
 
 class StreamOptions(Body):
-    """How a stream looks."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
     """Whether a last chunk counts the tokens."""

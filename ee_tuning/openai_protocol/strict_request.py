@@ -1,4 +1,4 @@
-"""Bodies of requests, read strictly: bounded, in time, and JSON that means one thing alone."""
+"""Strict reading of request bodies: bounded in size and time, and JSON with one meaning only."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -45,10 +45,10 @@ class StrictRequest(Request):
 
 
 class StrictRoute(APIRoute):
-    """A route that reads bodies so."""
+    """A route that reads bodies as StrictRequest does."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler."""
+        """Returns the handler."""
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:

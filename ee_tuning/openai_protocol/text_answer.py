@@ -23,16 +23,16 @@ class TextAnswer(Answer):
         self._awaits_scores = bool(body.echo) and (self._tells_logprobs or body.max_tokens == 0)
         self._offsets = [TextOffsets(self._prompts[place]) for place in range(len(jobs)) for _ in range(self.n)]
         self._of_prompts: dict[int, Json] = {}
-        """Place of a job -> what its choices tell of the prompt beside its text."""
+        """Place of a job -> the part of its choices about the prompt, beside its text."""
 
     def first_chunks(self) -> list[Json]:
-        """The prompts, where they are to be echoed without their log-probabilities."""
+        """Returns the prompts, if they are to be echoed without their log-probabilities."""
         if self._awaits_scores:
             return []
         return [chunk for place in range(len(self.jobs)) for chunk in self._prompt_chunks(place)]
 
     def take_prompt(self, place: int, score: Score) -> list[Json]:
-        """Takes the log-probabilities of a prompt; the chunks of its echo."""
+        """Takes the log-probabilities of a prompt, and returns the chunks of its echo."""
         told: Json = {}
         if self._tells_logprobs:
             told["logprobs"] = self._prompt_logprobs(place, score)
@@ -42,7 +42,7 @@ class TextAnswer(Answer):
         return self._prompt_chunks(place)
 
     def whole_choice(self, index: int, done: Completion) -> Json:
-        """The text of a choice and its log-probabilities."""
+        """Returns the text of a choice and its log-probabilities."""
         place, logprobs = index // self.n, None
         if done.logprobs:
             logprobs = self._logprobs(index, done.token_ids, done.logprobs, done.top_logprobs)
@@ -52,14 +52,14 @@ class TextAnswer(Answer):
         return {**of_prompt, "text": self._prompts[place] + done.text, "logprobs": logprobs}
 
     def token_choice(self, index: int, token: StreamedToken) -> Json:
-        """The same of one token."""
+        """Returns the text of one token and its log-probabilities."""
         logprobs = None
         if token.logprob is not None:
             logprobs = self._logprobs(index, [token.token_id], [token.logprob], [token.top_logprobs or {}])
         return {"text": token.text, "logprobs": logprobs}
 
     def end_choice(self) -> Json:
-        """The same where nothing is left."""
+        """Returns the empty text that ends a choice."""
         return {"text": "", "logprobs": None}
 
     def _prompt_chunks(self, place: int) -> list[Json]:
@@ -70,7 +70,7 @@ class TextAnswer(Answer):
         return [self.as_chunk([{"index": index, **told, "finish_reason": None}]) for index in indices]
 
     def _prompt_logprobs(self, place: int, score: Score) -> Json:
-        """Nothing comes before the first token, so it has no log-probability."""
+        """Returns the log-probabilities of a prompt. The first token has none, since no token precedes it."""
         ids = list(self.jobs[place].prompt_ids)
         for choice in range(place * self.n, (place + 1) * self.n):
             offsets = [self._offsets[choice].next(self.texts.bytes_of(token)) for token in ids]
@@ -91,7 +91,7 @@ class TextAnswer(Answer):
         }
 
     def _top(self, chosen: int, logprob: float, top: dict[int, float]) -> Json:
-        """The likeliest tokens by their texts, and the one that is there. Of tokens with one text the likeliest
+        """Returns the likeliest tokens by their texts, and the actual one. Of tokens with equal texts the likeliest
         counts.
         """
         told = {self.texts.text(chosen): said(logprob)}

@@ -16,7 +16,7 @@ class TextOffsets:
         beginning of text, has length 0.
         """
         if self._at_byte < len(self._known):
-            # Tokenizers that write words with a space before them show a token alone without it.
+            # Tokenizers that mark words by a leading space decode a single token without it.
             found = self._known.find(token, self._at_byte, self._at_byte + len(token) + _MOST_SKIPPED)
             if found < 0:
                 return self._at_character

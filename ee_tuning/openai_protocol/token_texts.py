@@ -15,13 +15,13 @@ class TokenTexts:
         self._known: dict[int, bytes] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The bytes of a token."""
+        """Returns the bytes of a token."""
         if token_id not in self._known:
             self._known[token_id] = self._bytes(token_id)
         return self._known[token_id]
 
     def text(self, token_id: int) -> str:
-        """The text of a token, with replacement characters where it is no whole text."""
+        """Returns the text of a token, with replacement characters where its bytes are no whole text."""
         return self.bytes_of(token_id).decode("utf-8", errors="replace")
 
     def _bytes(self, token_id: int) -> bytes:
@@ -42,7 +42,7 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def _byte_level() -> dict[str, int]:
-    """Letter -> byte, as byte-level tokenizers since GPT-2 write bytes: printable ones as themselves."""
+    """Returns letter -> byte, as byte-level tokenizers since GPT-2 write bytes: printable ones as themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}

@@ -125,20 +125,21 @@ def form_with_calls(
 
 
 def _text_and_calls(use: ToolUse, special: Mapping[int, str]) -> str:
-    """Rules for any text in which calls, once begun, are those of the functions."""
+    """Returns rules for any text in which calls, once begun, are those of the functions."""
     form, text = use.form, "TEXT: /(.|\\n)+/"
     if not form.begin:
         return "start: (TEXT | calls)?\nTEXT: /[^{](.|\\n)*/"
     if form.begin in special.values():
         return f"start: TEXT? (call TEXT?){'*' if use.is_parallel else '?'}\n{text}"
-    # A lazy rule ends with the mark, and from there on nothing but the call may follow.
+    # A lazy rule ends with the mark; after it only the call may follow.
     whole = "start: (head rest)* TEXT?" if use.is_parallel else "start: head rest | TEXT?"
     return f"{whole}\n{text}\nhead[lazy]: /(.|\\n)*/ {to_json(form.begin)}"
 
 
 def _grammar_of_calls(use: ToolUse, special: Mapping[int, str], *, frees_others: bool) -> str:
-    """Rules for `calls`, in llguidance's Lark (https://github.com/guidance-ai/llguidance/blob/main/docs/toolcalls.md).
-    With `frees_others` functions that are not strict take any object.
+    """Returns rules for `calls`, in llguidance's Lark
+    (https://github.com/guidance-ai/llguidance/blob/main/docs/toolcalls.md). With `frees_others` functions that are not
+    strict take any object.
     """
     form, rules = use.form, list[str]()
     begin, end = (_said(mark, special) for mark in (form.begin, form.end))

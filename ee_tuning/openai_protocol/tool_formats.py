@@ -98,7 +98,7 @@ class ToolCallReader:
         if not self._form.begin:
             yield from self._find_bare_call()
             return
-        if self.num_calls:  # what is left of the call before
+        if self.num_calls:  # the rest of the previous call
             behind = self._held.lstrip()
             if behind.startswith(self._form.end):
                 self._held = behind[len(self._form.end) :]
@@ -155,7 +155,7 @@ class ToolCallReader:
 
 
 class _CallObject:
-    """The JSON object of one call, character by character. It need not be JSON: it is the model's."""
+    """The JSON object of one call, character by character. It may be invalid JSON, since the model writes it."""
 
     def __init__(self, mark: str):
         """`mark` is the text in front of it."""
@@ -168,7 +168,7 @@ class _CallObject:
         self._key, self._part, self._arguments, self._num_told = "", "", "", 0
 
     def take(self, text: str) -> int:
-        """Reads as far as the object goes; the number of characters read."""
+        """Reads up to the end of the object, and returns the number of characters read."""
         for count, letter in enumerate(text):
             if self.is_done or self.is_broken:
                 return count
@@ -177,7 +177,7 @@ class _CallObject:
         return len(text)
 
     def new_arguments(self) -> str:
-        """The part of the arguments' text that was not told yet."""
+        """Returns the part of the arguments' text that was not returned before."""
         known = self._arguments or self._part.lstrip()
         if self._depth <= 1 and not self._in_string:
             known = known.rstrip()

@@ -13,16 +13,16 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The content of the file that decoding uses."""
+    """The content of the file, as far as decoding uses it."""
 
     thresholds: dict[int, float | None]
     """Exit layer -> confidence from which on a token may leave there; None where none is high enough."""
     measure: Measure
     """The measure of that confidence."""
     num_layers: int
-    """The number of layers of the model it was made for."""
+    """Number of layers of the model that it was made for."""
     heads_digest: str | None
-    """The digest of the exit heads it was made for; see LoadedModel."""
+    """Digest of the exit heads that it was made for; see LoadedModel."""
 
     @property
     def used(self) -> dict[int, float]:
@@ -33,8 +33,8 @@ class Calibration:
 def read_calibration(
     path: str | Path, exit_layers: tuple[int, ...], num_layers: int, heads_digest: str | None = None
 ) -> Calibration:
-    """Raises InputError where the file can not be read, makes no sense, was made for other exits, or for these before
-    they were tuned.
+    """Reads the file. Raises InputError where it can not be read, is inconsistent, or was made for other exits, or for
+    these before they were tuned.
     """
     try:
         tree = read_json(Path(path))

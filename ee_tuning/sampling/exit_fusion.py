@@ -1,7 +1,8 @@
 """Tokens chosen by two heads: an exit's logits are taken from the final head's, or mixed with them.
 
-Contrast is DoLa (Chuang et al. 2023, arXiv 2309.03883): what deeper layers add to a token's log-probability, among the
-tokens that the final head finds likely. Mixture is a weighted mean of both heads' log-probabilities.
+Contrast is DoLa (Chuang et al. 2023, arXiv 2309.03883): the difference that deeper layers make to a token's
+log-probability, among the tokens that the final head finds likely. Mixture is a weighted mean of both heads'
+log-probabilities.
 """
 
 import math
@@ -18,14 +19,14 @@ from ee_tuning.sampling.policy import Policy
 # v vocabulary · e exits
 
 _UNLIKELY = 1000.0
-"""What the log-probability of a token is lowered by that the final head finds unlikely: nothing is left of it, and
-where a form or `min_tokens` forbids all others, the order of such tokens is still the final head's.
+"""Decrease of the log-probability of a token that the final head finds unlikely. Its probability becomes zero; but
+where a form or `min_tokens` forbids all other tokens, such tokens keep the final head's order.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExitFusion:
-    """How the final head's logits are changed by those of exits, where the final head is asked."""
+    """The change of the final head's logits by those of exits, where the final head is asked."""
 
     contrast_layers: tuple[int, ...] = ()
     """Exits that the final head is contrasted with. Of several, the one whose distribution differs most at the token,
@@ -45,12 +46,12 @@ class ExitFusion:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The exits that are asked for it."""
+        """The exits whose logits it needs."""
         return self.contrast_layers or (() if self.fuse_layer is None else (self.fuse_layer,))
 
     def check(self, exits: tuple[ExitSpec, ...], policy: Policy) -> None:
-        """Raises InputError on values of no use, on exits that are not there or can not be compared with the final
-        head, and on a policy that never asks the final head.
+        """Raises InputError on values that can not be used, on exits that do not exist or can not be compared with the
+        final head, and on a policy that never asks the final head.
         """
         if self.contrast_layers and self.fuse_layer is not None:
             raise InputError(
@@ -104,7 +105,7 @@ def fused_logits(
     exits: Tensor,  # [e, v], in the order of `fusion.layers`
     fusion: ExitFusion,
 ) -> Tensor:  # [v], at least float32
-    """The logits that a token is chosen by, instead of the final head's."""
+    """Returns the logits that a token is chosen by, instead of the final head's."""
     final, exits = (each.to(torch.promote_types(each.dtype, torch.float32)).log_softmax(-1) for each in (final, exits))
     if fusion.fuse_layer is not None:
         return (1 - fusion.fuse_weight) * final + fusion.fuse_weight * exits[0]
@@ -114,6 +115,6 @@ def fused_logits(
 
 
 def jensen_shannon(final: Tensor, exits: Tensor) -> Tensor:  # [v], [e, v], log-probabilities -> [e]
-    """The Jensen-Shannon divergence between the final head's distribution and each exit's, in nats."""
+    """Returns the Jensen-Shannon divergence between the final head's distribution and each exit's, in nats."""
     middle = torch.logaddexp(final, exits) - math.log(2)
     return ((final.exp() * (final - middle)).sum(-1) + (exits.exp() * (exits - middle)).sum(-1)) / 2

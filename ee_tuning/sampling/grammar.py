@@ -1,7 +1,7 @@
 """Structured output as masks over the vocabulary: the tokens with which the completion keeps its form.
 
-The grammars are llguidance's (https://github.com/guidance-ai/llguidance). A state follows the tokens of one sequence,
-drafts included, and goes back where drafts are rejected.
+The grammars are llguidance's (https://github.com/guidance-ai/llguidance). A state advances with the tokens of one
+sequence, drafts included, and is rolled back where drafts are rejected.
 """
 
 import re
@@ -41,18 +41,19 @@ class GrammarState:
         self._begin, self._matcher, self._end_id = matcher, matcher.deep_copy(), end_id
         self._num_prompt_tokens, self._stop_ids, self._size = num_prompt_tokens, sorted(stop_ids), size
         self._has_ended = False
-        """Whether no token may follow. Some matchers know it only after a mask was computed, which not every rank does.
+        """Whether no token may follow. Some matchers detect it only after a mask was computed, which not every rank
+        does.
         """
         self._taken: list[int] = []
         """The tokens of the completion that the matcher has consumed."""
         self._allowed: Tensor | None = None
-        """The mask after them, if it was computed."""
+        """The mask after these tokens, if it was computed."""
         self.error = ""
-        """The reason where the completion ended by itself without its form."""
+        """The error, if the completion ended without satisfying its form."""
 
     def allowed(self, tokens: list[int], length: int) -> Tensor | None:  # [v] bool
-        """The tokens that may follow the first `length` of `tokens`; None after a draft that is not allowed, and at the
-        end.
+        """Returns the tokens that may follow the first `length` of `tokens`; None after a draft that is not allowed,
+        and at the end.
         """
         if not self._move_to(tokens, length):
             return None
@@ -61,12 +62,12 @@ class GrammarState:
         return self._allowed if bool(self._allowed.any()) else None
 
     def num_allowed(self, tokens: list[int]) -> int:
-        """The length of the longest beginning of `tokens` that the prompt and the grammar allow."""
+        """Returns the length of the longest beginning of `tokens` that the prompt and the grammar allow."""
         self._move_to(tokens, len(tokens))
         return self._num_prompt_tokens + len(self._taken)
 
     def forced(self, tokens: list[int]) -> list[int]:
-        """The only possible continuation of `tokens`, up to the first choice."""
+        """Returns the only possible continuation of `tokens`, up to the first choice."""
         if not self._move_to(tokens, len(tokens)) or self._has_ended:
             return []
         return list(self._matcher.compute_ff_tokens())
@@ -97,7 +98,7 @@ class GrammarState:
             del self._taken[kept:]
             self._allowed, self._has_ended = None, False
         if kept < len(wanted):
-            # A matcher that meets a token that is not allowed would be of no use from then on.
+            # A matcher is unusable after it has consumed a token that is not allowed.
             count = self._matcher.try_consume_tokens(wanted[kept:])
             self._taken += wanted[kept : kept + count]
             self._allowed, self._has_ended = None, self._matcher.is_stopped()
@@ -136,18 +137,18 @@ class Grammars:
         self._compiled: OrderedDict[StructuredOutput, llguidance.LLMatcher] = OrderedDict()
 
     def begin(self, form: StructuredOutput, num_prompt_tokens: int, stop_ids: frozenset[int]) -> GrammarState:
-        """The state of a completion in front of its first token. Raises InputError like `compile`."""
+        """Returns the state of a completion before its first token. Raises InputError like `compile`."""
         matcher = self.compile(form)
         assert self._vocabulary is not None
         return GrammarState(matcher, self._vocabulary.eos_token, num_prompt_tokens, stop_ids, self._size)
 
     def compile(self, form: StructuredOutput) -> "llguidance.LLMatcher":
-        """The matcher of a form, at its beginning; copy it before use. Raises InputError where the form is invalid, or
-        the library is missing.
+        """Returns the matcher of a form, at its beginning; copy it before use. Raises InputError where the form is
+        invalid, or the library is missing.
         """
         with self._lock:
             known = self._compiled.get(form)
-        made = known or self._compile(form)  # without the lock, which the decoding thread takes, too
+        made = known or self._compile(form)  # without the lock, because the decoding thread takes it, too
         with self._lock:
             self._compiled[form] = made
             self._compiled.move_to_end(form)

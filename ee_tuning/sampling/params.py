@@ -1,4 +1,4 @@
-"""What a request may ask of sampling, and when it ends."""
+"""Sampling parameters of a request, and its end."""
 
 import math
 from collections.abc import Mapping
@@ -12,61 +12,63 @@ from ee_tuning.sampling.structured_output import StructuredOutput, structured_ou
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen, and when it ends. Nothing here depends on other requests."""
+    """Sampling parameters of one request, and the conditions that end it. Nothing here depends on other requests."""
 
     max_tokens: int = 100
-    """The completion ends after so many tokens."""
+    """Most tokens of the completion."""
     min_tokens: int = 0
-    """Stop tokens have no probability before so many; stop strings are not looked for."""
+    """Stop tokens have no probability before this many tokens, and stop strings are not searched."""
     temperature: float = 0.0
-    """0 takes the likeliest."""
+    """Temperature; 0 takes the likeliest token."""
     top_k: int = 0
-    """Among so many likeliest tokens; 0 for all."""
+    """Sample from this many likeliest tokens; 0 for all."""
     top_p: float = 1.0
-    """Among the likeliest tokens that reach this probability together."""
+    """Sample from the likeliest tokens that together reach this probability."""
     min_p: float = 0.0
-    """Among tokens at least so likely as this share of the likeliest one's probability."""
+    """Sample from tokens at least as likely as this share of the likeliest token's probability."""
     repetition_penalty: float = 1.0
     """Divides positive logits, and multiplies negative ones, of tokens that are in the prompt or the completion."""
     presence_penalty: float = 0.0
-    """Taken from the logits of tokens that are in the completion."""
+    """Subtracted from the logits of tokens that are in the completion."""
     frequency_penalty: float = 0.0
-    """Taken from a token's logit for each time it is in the completion."""
+    """Subtracted from a token's logit for each time it is in the completion."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Token id -> what is added to its logit."""
+    """Token id -> addend of its logit."""
     seed: int = 0
-    """The same seed gives the same prompt the same tokens, whatever else is decoded beside it."""
+    """Seed: with the same seed, the same prompt gets the same tokens in any batch."""
     n: int = 1
     """Completions of the prompt."""
     logprobs: int | None = None
-    """So many likeliest tokens with their log-probabilities, and each chosen one's, in the distribution it was chosen
-    from.
+    """Number of likeliest tokens that are returned with their log-probabilities, beside each chosen token's, in the
+    distribution that it was chosen from.
     """
     stop: tuple[str, ...] = ()
-    """Strings that end the completion; they are left out of it. Special tokens may be written out in them: one alone
-    counts as its id in `stop_token_ids`, too.
+    """Strings that end the completion and are left out of it. They may contain the text of special tokens; a string
+    that is a single special token also becomes one of `stop_token_ids`.
     """
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the completion, beside the model's own end of text."""
     ignore_eos: bool = False
-    """Whether the model's own end of text ends nothing."""
+    """Whether generation continues after the model's own end of text."""
     structured_output: StructuredOutput | None = None
-    """The form that the completion has; an object with its fields will do, too. It ends where nothing may follow."""
+    """The required form of the completion, or an object with the same fields. The completion ends where no token may
+    follow.
+    """
     fusion: ExitFusion = field(default_factory=ExitFusion)
-    """How exits change the logits of the final head; by default not at all."""
+    """Change of the final head's logits by exits; by default none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "structured_output", structured_output_of(self.structured_output))
 
     @property
     def is_greedy(self) -> bool:
-        """Whether nothing is drawn."""
+        """Whether no token is drawn at random."""
         return self.temperature == 0
 
     @cached_property
     def takes_likeliest(self) -> bool:
-        """Whether the likeliest token by the logits as they are is taken, and no log-probability wanted, once
-        `min_tokens` are there.
+        """Whether the likeliest token by the unchanged logits is taken, without log-probabilities, once there are
+        `min_tokens`.
         """
         is_changed = self.has_penalties or self.logit_bias or self.structured_output is not None or self.fusion.layers
         return self.is_greedy and self.logprobs is None and not is_changed
@@ -138,4 +140,4 @@ def _is_number(value: object) -> bool:
         return math.isfinite(value)
     return (
         isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    )  # one of hundreds of digits is no float
+    )  # an integer of hundreds of digits is no float

@@ -1,4 +1,4 @@
-"""When a token may leave the network: what a request may ask for, checked against the exits that are there."""
+"""Exit policies of requests, checked against the model's exits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,24 +11,24 @@ from ee_tuning.sampling.calibration import read_calibration
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """When the tokens of one request leave: by default never, as in the full model."""
+    """The exit policy of one request; by default no token leaves early, as in the full model."""
 
     thresholds: Mapping[int, float] = field(default_factory=dict)
-    """Exits that are asked -> confidence at which a token leaves there for good."""
+    """Exits that are asked -> confidence from which on a token leaves there."""
     measure: Measure = "max_probability"
     """The measure of confidence."""
     fixed_exit: int | None = None
-    """Every token leaves here, those of the prompt too: deeper layers never run."""
+    """The exit at which every token leaves, prompt tokens included: deeper layers never run."""
     drafts_at: tuple[int, ...] = ()
     """Exits that may draft tokens, which the full model checks."""
     looks_up: bool = False
-    """Whether repeated text drafts tokens too (`prompt_lookup.py`)."""
+    """Whether repeated text drafts tokens, too (`prompt_lookup.py`)."""
     has_draft_head: bool = False
     """Whether the model's drafting head drafts tokens, which the full model checks."""
 
     @property
     def asked(self) -> frozenset[int]:
-        """Exits whose heads may ever be asked."""
+        """Exits whose heads the policy may ask."""
         return frozenset(
             {*self.thresholds, *self.drafts_at} | ({self.fixed_exit} if self.fixed_exit is not None else set())
         )
@@ -45,8 +45,8 @@ def policy_of(
     *,
     has_draft_head: bool = False,
 ) -> Policy:
-    """The policy that the keys describe, for a model with these exits. Raises InputError where it asks for what is not
-    there.
+    """Returns the policy that the keys describe, for a model with these exits. Raises InputError where it needs an exit
+    or a head that does not exist.
     """
     kind = generation.policy
     if kind == "full":
@@ -67,7 +67,7 @@ def policy_of(
         return Policy(fixed_exit=generation.exit_layer)
     if not exit_layers:
         raise InputError(f"policy {kind} needs exit heads, got none; give --exits FOLDER, or --policy full")
-    # A layer that is the last one anyway is no way to leave early.
+    # An exit after the last layer is no early exit.
     early = tuple(layer for layer in exit_layers if layer < num_layers)
     if kind == "speculative":
         return Policy(drafts_at=early, looks_up=generation.prompt_lookup)
@@ -75,7 +75,7 @@ def policy_of(
         calibration = read_calibration(generation.calibration, exit_layers, num_layers, heads_digest)
         return Policy(thresholds=calibration.used, measure=calibration.measure)
     thresholds = _thresholds(generation.threshold, exit_layers)
-    # No measure is above 1.
+    # No measure exceeds 1.
     return Policy(
         thresholds={layer: thresholds[layer] for layer in early if thresholds[layer] <= 1}, measure=generation.measure
     )

@@ -1,9 +1,8 @@
 """The way from logits to the next token: greedy, or drawn after temperature, top-k, top-p and min-p, processed as
 transformers does.
 
-Needs torch alone. A draw depends on a key and nothing else, so that a prompt's tokens are the same in any batch; and
-two distributions that are alike mostly draw the same token with the same key, which is what lets drafts be accepted
-(see `draw`).
+Needs torch alone. A draw depends only on a key, so that a prompt's tokens are the same in any batch. Similar
+distributions mostly draw the same token with the same key, so that drafts can be accepted (see `draw`).
 """
 
 # n sequences · v vocabulary, padding left out
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 _COLD = 1e-30
-"""Below this temperature no logits but equal ones can be drawn: others lie 10²⁰ apart, or are equal."""
+"""Temperature below which only the largest logits can be drawn: divided by it, different ones lie 10²⁰ apart."""
 
 
 def probabilities(
@@ -28,9 +27,9 @@ def probabilities(
 
 
 def warped(scores: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    """scores / temperature, then the top_k largest (with those equal to the last), then the fewest likeliest that reach
-    top_p together, then those at least min_p times as likely as the likeliest; the others are -inf. At least one is
-    left. Order and ties are those of transformers' logits processors.
+    """Returns scores / temperature, then the top_k largest (with those equal to the last), then the fewest likeliest
+    that reach top_p together, then those at least min_p times as likely as the likeliest; the others are -inf. At least
+    one is left. Order and ties are those of transformers' logits processors.
     """
     scores = _tempered(scores if scores.dtype == torch.float64 else scores.float(), temperature)
     if 0 < top_k < scores.shape[-1]:
@@ -49,7 +48,7 @@ def request_key(seed: int, prompt: list[int], completion: int = 0) -> int:
 
 
 def draw_key(request: int, length: int) -> int:
-    """The key of the token that follows `length` others of a request."""
+    """Returns the key of the token that follows `length` others of a request."""
     return _digest(f"{request}:{length}")
 
 
@@ -57,7 +56,7 @@ def draw(
     distribution: Tensor,  # [n, v], nonnegative
     keys: list[int],
 ) -> Tensor:  # [n], int64
-    """One token per row, never one of probability 0; rows need no sum of 1.
+    """Draws one token per row, never one of probability 0; rows need not sum to 1.
 
     An exponential race: token i wins with p_i / e_i largest, its e_i drawn from the row's key and i. Then two
     distributions p and q draw the same token with the same key at least as often as (1 - d) / (1 + d), d their total
@@ -68,21 +67,21 @@ def draw(
 
 
 def _exponential(keys: list[int], size: int, device: torch.device) -> Tensor:  # [n, size] float64, above 0
-    """One number for each key and place, on any device the same: SplitMix64 (Steele, Lea and Flood 2014) of key +
+    """Returns a number for each key and place, the same on any device: SplitMix64 (Steele, Lea and Flood 2014) of key +
     place.
     """
     x = (
         torch.tensor(keys, device=device)[:, None] + torch.arange(1, size + 1, device=device) * -7046029254386353131
-    )  # wraps, as it should
+    )  # wraps around, as intended
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ _shifted(x, shift)) * factor
     x = x ^ _shifted(x, 31)
-    # 52 bits and a half: neither 0 nor 1 in float64, so the logarithm is finite and not 0.
+    # A 52-bit integer plus one half: neither 0 nor 1 in float64, so the logarithm is finite and not 0.
     return -((_shifted(x, 12).double() + 0.5) * 2.0**-52).log()
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts the sign in
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's shift is arithmetic: it copies the sign
 
 
 def _digest(text: str) -> int:

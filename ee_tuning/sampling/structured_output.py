@@ -67,7 +67,7 @@ _NAMES = tuple(field.name for field in dataclasses.fields(StructuredOutput))
 
 
 def bounded_schema(schema: Mapping[str, Any] | bool) -> str:
-    """The text of a schema that bounds white space, unless it says something of that itself (`x-guidance`:
+    """Returns the text of a schema that bounds white space, unless the schema sets it itself (`x-guidance`:
     https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md).
     """
     if isinstance(schema, bool):
@@ -78,8 +78,8 @@ def bounded_schema(schema: Mapping[str, Any] | bool) -> str:
 
 
 def structured_output_of(given: Any) -> StructuredOutput | None:
-    """The form that an object with the fields' names describes; None where none is given. Raises InputError on other
-    names.
+    """Returns the form that an object with the fields' names describes; None where none is given. Raises InputError on
+    other names.
     """
     if given is None or isinstance(given, StructuredOutput):
         return given
@@ -93,8 +93,8 @@ def structured_output_of(given: Any) -> StructuredOutput | None:
 
 
 def _schema_text(schema: Any) -> str:
-    """The schema as one text, so that equal schemas are compiled once. The order of properties is kept: it is theirs in
-    the answer.
+    """Returns the schema as one text, so that equal schemas are compiled once. The order of properties is kept, since
+    the answer has it, too.
     """
     if isinstance(schema, str):
         try:

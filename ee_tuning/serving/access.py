@@ -17,7 +17,7 @@ log = logging.getLogger("ee_tuning.serving")
 
 _ID = re.compile(r"[\w.:-]{1,80}", re.ASCII)
 _OPEN = ("/health", "/ready", "/ping", "/", "/page.js", "/page.css")
-"""Paths that need no key: probes, and the page, which asks for it."""
+"""Paths that need no key: probes, and the page, which asks for the key itself."""
 
 
 class Access:

@@ -37,7 +37,7 @@ def build_app(
     settings: ServeSettings,
     tracing: Tracing | None = None,
 ) -> FastAPI:
-    """The app for one model."""
+    """Builds the app for one model."""
     app = FastAPI(title="ee_tuning", version=__version__, root_path=settings.root_path)
     app.state.max_body_bytes = settings.max_body_bytes
     completions = CompletionsApi(client, jobs, metrics, model_names, settings.request_timeout, tracing)
@@ -52,7 +52,7 @@ def build_app(
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Lets every error be answered in OpenAI's form."""
+    """Makes the app answer every error in OpenAI's form."""
     for kind, handler in (
         (InputError, _refused),
         (ApiError, _api_error),
@@ -65,7 +65,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def add_access(app: FastAPI, settings: ServeSettings) -> None:
-    """Lets requests in by API keys and, from browsers, by their pages' origins."""
+    """Adds the check of API keys and, for browsers, of their pages' origins."""
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["*"], allow_headers=["*"]
@@ -91,7 +91,7 @@ async def _api_error(_: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Errors of the framework: no such path, or another method."""
+    """Answers errors of the framework: an unknown path, or another method."""
     assert isinstance(error, StarletteHTTPException | HTTPException)
     message = str(error.detail)
     if error.status_code in (404, 405):
@@ -101,7 +101,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
-    """The first thing that is wrong with a body."""
+    """Answers with the first error of a body."""
     assert isinstance(error, RequestValidationError)
     errors = error.errors()
     first = errors[0]
@@ -115,7 +115,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     if not place:
         return ErrorJson(error_body(400, "a body must be a JSON object, got none; send one"), 400)
     given, of_field = first.get("input"), [each for each in errors if each["loc"][:2] == first["loc"][:2]]
-    # Where a field may have several types, each of them has an error.
+    # A field with several types has an error for each of them.
     reasons = dict.fromkeys(each["msg"].removeprefix("Input should be ").partition(", unable")[0] for each in of_field)
     reason = " or ".join(reasons)
     reason = f"it must be {reason}" if reason != first["msg"] else reason[:1].lower() + reason[1:]
@@ -125,7 +125,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 
 async def _left(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # no one reads it
+    return Response(status_code=499)  # the answer has no reader
 
 
 async def _failed(_: Request, __: Exception) -> Response:

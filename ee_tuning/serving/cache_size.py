@@ -10,7 +10,7 @@ from ee_tuning.parallel.collectives import gather_lists
 from ee_tuning.parallel.topology import Topology
 
 SHARE = {"cpu": 0.5, "cuda": 0.8}
-"""Share of the memory that is free once the model is loaded."""
+"""Share of the memory that is free after the model is loaded."""
 
 
 def cache_size(

@@ -78,14 +78,14 @@ def serve(config: Config, settings: ServeSettings) -> None:
         for ignored in (
             signal.SIGTERM,
             signal.SIGINT,
-        ):  # torchrun sends them to all: rank 0 drains, then stops the others
+        ):  # torchrun signals all ranks: rank 0 drains, then stops the others
             signal.signal(ignored, signal.SIG_IGN)
         EngineLoop(CompletionRunner(make_engine(llm, settings, topology), llm.decode, llm.special), topology).run()
     destroy_parallel()
 
 
 def make_service(llm: EarlyExitLLM, config: Config, settings: ServeSettings, topology: Topology) -> Service:
-    """The server of a model, not started. Other ranks call `make_engine` meanwhile."""
+    """Returns the server of a model, not started. Other ranks call `make_engine` meanwhile."""
     engine = make_engine(llm, settings, topology)
     names = model_names(config, settings)
     metrics = Metrics(names[0])
@@ -102,7 +102,7 @@ def make_service(llm: EarlyExitLLM, config: Config, settings: ServeSettings, top
 
 
 def make_engine(llm: EarlyExitLLM, settings: ServeSettings, topology: Topology) -> Engine:
-    """An engine that takes all its memory's worth of requests. All ranks call it."""
+    """Returns an engine with as many slots as its memory suffices for. All ranks call it."""
     tokens, longest = cache_size(llm, topology, settings.max_model_len, settings.data_parallel_size)
     options = replace(Config(generation=llm.defaults), generation={"cache_tokens": tokens}).generation
     engine = llm.new_engine(options, num_slots=llm.defaults.max_batch_size, max_length=longest)
@@ -111,12 +111,14 @@ def make_engine(llm: EarlyExitLLM, settings: ServeSettings, topology: Topology) 
 
 
 def _warm_up(engine: Engine) -> None:
-    """Runs two tokens through all layers: memory and kernels are there before the first request, or the start fails."""
+    """Runs two tokens through all layers, so that memory and kernels exist before the first request, or the start
+    fails.
+    """
     engine.add_request([0], SamplingParams(max_tokens=2, ignore_eos=True))
     while not engine.is_idle:
         engine.step()
 
 
 def model_names(config: Config, settings: ServeSettings) -> tuple[str, ...]:
-    """The names of the model for clients."""
+    """Returns the names of the model for clients."""
     return settings.served_model_names or (Path(config.model.path).resolve().name or "model",)

@@ -24,7 +24,9 @@ from ee_tuning.serving.request_jobs import RequestJobs
 from ee_tuning.serving.tracing import TracedRequest, Tracing
 
 _tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
-"""Templates and long prompts take time, and a tokenizer is no object for several threads."""
+"""One thread for the tokenizer: templates and long prompts take time, and a tokenizer must not be used by several
+threads.
+"""
 
 
 async def in_tokenizer_thread(function: Any, *args: Any) -> Any:
@@ -52,7 +54,7 @@ class CompletionsApi:
             self.router.add_api_route(path, endpoint, methods=["POST"], response_class=StrictJson)
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
-        """Continues texts."""
+        """Completes texts."""
         name = self.model_name(body.model)
         _check_stream_options(body)
         jobs, prompts = await in_tokenizer_thread(self._text_jobs, body)
@@ -72,7 +74,7 @@ class CompletionsApi:
         return await self._answer(body, answer, running, request)
 
     def model_name(self, asked: str | None) -> str:
-        """The model that a request names. Raises ApiError where there is no such model."""
+        """Returns the model that a request names. Raises ApiError where there is no such model."""
         if asked is not None and asked not in self._names:
             raise ApiError(
                 404,
@@ -116,7 +118,7 @@ async def _whole(answer: Answer, running: RunningRequest) -> Json:
 
 
 async def _chunks(answer: Answer, running: RunningRequest) -> AsyncIterator[list[Json]]:
-    """Chunks, those that can be sent together in one list: where the event loop is behind the engine, it catches up."""
+    """Yields lists of chunks that can be sent together: if the event loop is behind the engine, it catches up."""
     finished: list[Completion] = []
     yield answer.first_chunks()
     async for events in running.events():

@@ -1,4 +1,6 @@
-"""The asyncio side of the engine's thread: requests with their jobs go in, their tokens come out of a queue each."""
+"""The asyncio side of the engine's thread: submits requests with their jobs, and receives their tokens, each request by
+its own queue.
+"""
 
 import asyncio
 import itertools
@@ -15,14 +17,14 @@ _DIED = "the engine has failed; the server's log says why, and it has to be star
 
 
 class EngineClient:
-    """Requests on their way. All methods are called in the event loop's thread."""
+    """The unfinished requests. All methods are called in the event loop's thread, except where they say otherwise."""
 
     def __init__(self, metrics: Metrics, *, num_slots: int, max_queue: int):
         self.num_slots, self.max_queue = num_slots, max_queue
         self.num_unfinished = 0
         """Completions that run or wait."""
         self.is_draining = False
-        """Whether no new request is taken, because the server is about to end."""
+        """Whether new requests are refused because the server is about to end."""
         self._metrics = metrics
         self._engine: EngineLoop | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None
@@ -30,7 +32,7 @@ class EngineClient:
         self._numbers = itertools.count()
 
     def connect(self, engine: EngineLoop, event_loop: asyncio.AbstractEventLoop) -> None:
-        """Begins: `engine` is to call `deliver` and `died`, from its own thread."""
+        """Connects to `engine`, which must call `deliver` and `died` from its own thread."""
         self._engine, self._event_loop = engine, event_loop
 
     @property
@@ -80,7 +82,7 @@ class EngineClient:
         return request
 
     def finish(self, request: "RunningRequest") -> None:
-        """Ends a request: what has not ended is aborted, and its memory freed before the next step."""
+        """Ends a request: unfinished completions are aborted, and their memory is freed before the next step."""
         for index, place in request.places.items():
             if self._requests.pop(index, None) is not None and self._engine is not None:
                 self._engine.send(Abort(index))
@@ -124,12 +126,12 @@ class RunningRequest:
         self.places: dict[int, int] = {}
         """Index of a job in the engine -> its place in `jobs`."""
         self.num_unfinished_of = [job.params.n for job in jobs]
-        """Completions of each job that run or wait."""
+        """Number of unfinished completions of each job."""
         self.num_unfinished = sum(self.num_unfinished_of)
         self.completions: list[Completion] = []
-        """Those that have ended."""
+        """Finished completions."""
         self.at_close: Callable[[list[Completion]], None] | None = None
-        """Called once with what has ended when the request is closed."""
+        """Called once with the finished completions when the request is closed."""
         self._num_unread = self.num_unfinished
         self._client = client
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
@@ -139,9 +141,8 @@ class RunningRequest:
         self._events.put_nowait(event)
 
     async def events(self) -> AsyncIterator[list[tuple[int, TokenEvent]]]:
-        """(place of the job, what came of it), all that is there at a time, until all completions are.
-
-        Raises ApiError where one fails, behind what came before.
+        """Yields (place of the job, event): all events that have arrived, then the next ones, until all completions are
+        finished. Raises ApiError where one fails, after the events before it.
         """
         while self._num_unread:
             events, found = [await self._events.get()], list[tuple[int, TokenEvent]]()
@@ -167,7 +168,7 @@ class RunningRequest:
         return None
 
     def close(self) -> None:
-        """Aborts what has not ended."""
+        """Aborts the unfinished completions."""
         self._client.finish(self)
         at_close, self.at_close = self.at_close, None
         if at_close is not None:

@@ -21,31 +21,31 @@ from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 
 _HEARTBEAT_SECONDS = 5.0
-"""Ranks hear of each other at least so often: one that is dead is missed while nothing is decoded, too."""
+"""Seconds between messages among ranks while nothing is decoded, so that a dead rank is noticed then, too."""
 
 
 @dataclass(frozen=True)
 class Add:
-    """Begins a job, whose tokens come with this index."""
+    """The command to begin a job, whose events have this index."""
 
     index: int
     job: Job
     num_top: int | None = None
-    """Its prompt is scored first, with so many likeliest tokens at each place; None where it is not."""
+    """Number of likeliest tokens at each place of the prompt, which is then scored first; None without a score."""
     completes: bool = True
-    """Whether the prompt is continued; its score is all that is wanted otherwise."""
+    """Whether the prompt is completed; otherwise it is only scored."""
 
 
 @dataclass(frozen=True)
 class Abort:
-    """Ends a job."""
+    """The command to end a job."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Ends the loop."""
+    """The command to end the loop."""
 
 
 Command = Add | Abort | Stop
@@ -53,20 +53,20 @@ Command = Add | Abort | Stop
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A token of a job, the score of its prompt, or why it has none."""
+    """A token of a job, the score of its prompt, or the error that ended it."""
 
     index: int
     token: StreamedToken | None = None
     completion: Completion | None = None
-    """The finished record, with its last token, or alone where there is none."""
+    """The finished record, with its last token, or alone if there is no token."""
     score: Score | None = None
-    """What follows the first token of the prompt; before the first token of the completion."""
+    """Scores of the prompt's tokens after the first one; sent before the first token of the completion."""
     error: str = ""
-    """Why the engine refused the job."""
+    """The reason why the engine refused the job."""
 
 
 class EngineLoop:
-    """Decodes what it is commanded to until it is stopped."""
+    """Executes commands until Stop."""
 
     def __init__(
         self,
@@ -85,19 +85,19 @@ class EngineLoop:
         self._scorer = PromptScorer(engine.model, max_rows=engine.num_slots, max_tokens=engine.scheduler.prefill_chunk)
         self._to_score: dict[int, Add] = {}
         self.error: BaseException | None = None
-        """Why the loop ended, if not by Stop."""
+        """The exception that ended the loop, if any."""
         self._thread = threading.Thread(target=self._run_in_thread, name="engine", daemon=True)
 
     def send(self, command: Command) -> None:
-        """Takes a command, from any thread."""
+        """Queues a command, from any thread."""
         self._commands.put(command)
 
     def start(self) -> None:
-        """Begins in a thread."""
+        """Starts the loop in a thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread, and what still runs."""
+        """Ends the thread and all unfinished jobs."""
         self.send(Stop())
         self._thread.join()
 
@@ -131,7 +131,7 @@ class EngineLoop:
             self._died()
 
     def _next_commands(self) -> list[Command]:
-        """What came since the last step; waits for something where nothing runs."""
+        """Returns the commands since the last step. Waits for one if nothing runs."""
         is_alone = self._topology.num_in_replica == 1
         commands: list[Command] = []
         if self._topology.rank == 0:
@@ -175,7 +175,7 @@ class EngineLoop:
             events.append(TokenEvent(index, error=str(error)))
 
     def _score(self, events: list[TokenEvent]) -> None:
-        """Scores prompts of one pass, and begins what is asked behind them."""
+        """Scores prompts in one pass, and begins the completions that follow them."""
         for index, found in self._scorer.step():
             command = self._to_score.pop(index)
             if isinstance(found, InputError):

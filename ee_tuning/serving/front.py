@@ -1,7 +1,7 @@
 """The front of several replicas: passes each request to one of them, and its answer back as it comes.
 
-A replica is a whole server, so what may be asked and how it is answered is decided there. The front has what the
-server has once: access, bounds of bodies, health, metrics.
+A replica is a whole server, which checks and answers requests by itself. The front has the parts that exist once:
+access, bounds of bodies, health, metrics.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ _NOT_ANSWERED = _OF_A_CONNECTION | {b"date", b"x-request-id"}
 
 
 def build_front(replicas: ReplicaSet, settings: ServeSettings) -> FastAPI:
-    """The app of the front."""
+    """Builds the app of the front."""
     app = FastAPI(title="ee_tuning", root_path=settings.root_path, openapi_url=None)
     app.state.max_body_bytes = settings.max_body_bytes
     front = Front(replicas)
@@ -50,7 +50,7 @@ class Front:
         self._replicas = replicas
 
     async def health(self, request: Request) -> Response:
-        """Whether all replicas live."""
+        """Answers whether all replicas are alive."""
         dead = [replica for replica in self._replicas.replicas if not replica.is_alive]
         if dead:
             told = "; ".join(f"replica {replica.index} {replica.why_dead}" for replica in dead)
@@ -59,7 +59,7 @@ class Front:
         return StrictJson({"status": "ok", "replicas": len(self._replicas.replicas)})
 
     async def ready(self, request: Request) -> Response:
-        """Whether new requests are taken: as long as a replica lives."""
+        """Answers whether new requests are taken: as long as a replica is alive."""
         if self._replicas.is_draining:
             raise ApiError(503, "the server is shutting down and takes no new requests", retry_after=5)
         if not self._replicas.is_alive:
@@ -71,7 +71,7 @@ class Front:
         return Response(await self._replicas.metrics(), headers={"Content-Type": CONTENT_TYPE})
 
     async def pass_on(self, request: Request) -> Response:
-        """Lets a replica answer."""
+        """Passes a request on to a replica."""
         body = b""
         if request.method in ("POST", "PUT", "PATCH"):
             request = StrictRequest(request.scope, request.receive)
@@ -101,7 +101,7 @@ class Front:
 def _asked(body: bytes) -> Asked:
     try:
         return asked_of(parse_json(body))
-    except (ValueError, RecursionError):  # its replica says what is wrong with it
+    except (ValueError, RecursionError):  # its replica reports the error
         return Asked("", 0, 0)
 
 
@@ -120,7 +120,9 @@ def _headers(request: Request) -> list[tuple[str, str]]:
 
 
 class _PassedOn(Response):
-    """The answer of a replica, part by part. Its end, or the client's leaving, closes the connection and the lease."""
+    """The answer of a replica, part by part. Its end, or a closed connection of the client, closes the replica's
+    connection and the lease.
+    """
 
     def __init__(self, answer: aiohttp.ClientResponse, lease: Lease):
         super().__init__(status_code=answer.status)
@@ -130,7 +132,7 @@ class _PassedOn(Response):
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends it."""
+        """Sends the answer."""
         await send_until_left(self._send_all(send), receive, self._close)
 
     def _close(self) -> None:

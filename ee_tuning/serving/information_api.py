@@ -1,4 +1,4 @@
-"""The endpoints that tell: models, exits, tokens, health, version, metrics."""
+"""The endpoints with information: models, exits, tokens, health, version, metrics."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -21,7 +21,7 @@ Endpoint = Callable[..., Awaitable[Response]]
 
 
 class InformationApi:
-    """What a client may ask beside completions."""
+    """Endpoints beside completions."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class InformationApi:
         return StrictJson({"prompt": await in_tokenizer_thread(lambda: decode(body.tokens, skip_special_tokens=False))})
 
     async def embeddings(self) -> Response:
-        """Refused: there are no embeddings here."""
+        """Refuses: this server has no embeddings."""
         raise ApiError(
             404,
             "this server has a model that continues texts, and no embeddings; ask a server with an embedding model",

@@ -62,7 +62,7 @@ class Metrics:
         self._last_token: dict[tuple[int, int], float] = {}
 
     def watch(self, engine: Engine) -> None:
-        """Reads the engine's own numbers whenever the metrics are asked for."""
+        """Reads the engine's own figures whenever the metrics are requested."""
         self.registry.register(_EngineCollector(engine, self._model_name))
 
     def count_prompt(self, num_tokens: int, n: int) -> None:
@@ -88,7 +88,7 @@ class Metrics:
             self.exit_tokens.labels(**self._label, exit_layer=str(layer)).inc(count)
 
     def count_aborted(self, index: int, n: int) -> None:
-        """Counts completions of a job that were aborted, and forgets when their latest tokens came."""
+        """Counts aborted completions of a job, and drops the times of their latest tokens."""
         for completion in range(n):
             self._last_token.pop((index, completion), None)
         self.success.labels(**self._label, finished_reason="abort").inc(n)
@@ -97,7 +97,7 @@ class Metrics:
         """Counts a finished completion."""
         statistics, label = completion.statistics, self._label
         self.success.labels(**label, finished_reason=completion.finish_reason).inc()
-        if not completion.token_ids:  # the prompt was scored alone, or failed
+        if not completion.token_ids:  # the prompt was only scored, or failed
             return
         self.prefix_hits.inc(statistics.num_reused)
         self.draft_tokens.inc(statistics.num_drafted)
@@ -119,7 +119,9 @@ class Metrics:
         return generate_latest(self.registry)
 
     def _counter(self, name: str, doc: str, *labels: str) -> Counter:
-        """A counter; one without further labels is that of this model, and shown as 0 before the first one."""
+        """Returns a counter. A counter without further labels has this model's, and is shown as 0 before its first
+        count.
+        """
         counter = Counter(_PREFIX + name, doc, ("model_name", *labels), registry=self.registry)
         return counter if labels else counter.labels(**self._label)
 
@@ -129,7 +131,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Numbers that the engine has at the moment. Reading them from another thread may be a step late."""
+    """Figures of the engine at the moment. Read from another thread, they may be a step old."""
 
     def __init__(self, engine: Engine, model_name: str):
         self._engine, self._model_name = engine, model_name

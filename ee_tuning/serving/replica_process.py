@@ -1,4 +1,4 @@
-"""A replica of `serve --data-parallel-size N`: a server of its own on a Unix domain socket, in processes of its own."""
+"""A replica of `serve --data-parallel-size N`: its own server on a Unix domain socket, in its own processes."""
 
 import dataclasses
 import logging
@@ -20,7 +20,7 @@ class ReplicaProcess:
     """The processes of one replica, tensor × pipeline of them; the first one serves."""
 
     def __init__(self, config: Config, settings: ServeSettings, index: int, folder: Path):
-        """Starts them. `settings` are the whole server's."""
+        """Starts the processes. `settings` are the whole server's."""
         self.index = index
         self.path = folder / f"replica-{index}.sock"
         own = dataclasses.replace(
@@ -49,19 +49,19 @@ class ReplicaProcess:
         return next((code for code in ended if code), ended[0] if ended else None)
 
     def refusal(self) -> str | None:
-        """The user's mistake that a process has ended by, if any."""
+        """The user's mistake that ended a process, if any."""
         try:
             return self._refusals.recv() if self._refusals.poll() else None
         except EOFError:
             return None
 
     def drain(self) -> None:
-        """Lets running requests end, and then the processes."""
+        """Signals the processes to end after their running requests."""
         if self._processes[0].exitcode is None and self._processes[0].pid is not None:
             os.kill(self._processes[0].pid, signal.SIGTERM)
 
     def end(self, seconds: float) -> None:
-        """Waits for the processes, and kills those that live on."""
+        """Waits for the processes, and kills those that do not end."""
         for process in self._processes:
             process.join(seconds)
             if process.is_alive():
@@ -88,7 +88,7 @@ def check_devices(config: Config, num_replicas: int) -> None:
 
 
 def _environments(index: int, size: int, num_replicas: int) -> list[dict[str, str]]:
-    """What the environment of each process of a replica has beside this one's."""
+    """Returns, for each process of a replica, the environment variables that differ from this process's."""
     import torch
 
     cores = len(os.sched_getaffinity(0))
@@ -109,9 +109,9 @@ def _environments(index: int, size: int, num_replicas: int) -> list[dict[str, st
 
 def _run(config: Config, settings: ServeSettings, environment: dict[str, str], refusals: Connection) -> None:
     os.environ.update(environment)
-    os.setsid()  # Ctrl-C at a terminal is for the front, which then drains
+    os.setsid()  # Ctrl-C at a terminal is handled by the front, which then drains
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    logging.getLogger("ee_tuning.serving").setLevel(logging.WARNING)  # the front has a line for each request
+    logging.getLogger("ee_tuning.serving").setLevel(logging.WARNING)  # the front logs each request
     from ee_tuning.serving.command import serve
 
     try:

@@ -1,4 +1,4 @@
-"""`ee-tuning serve --data-parallel-size N`: N replicas, each a server of its own, behind one port."""
+"""`ee-tuning serve --data-parallel-size N`: N replicas, each its own server, behind one port."""
 
 import asyncio
 import contextlib
@@ -43,7 +43,7 @@ def serve_replicas(config: Config, settings: ServeSettings) -> int:
     set_up_logs()
     try:
         with (
-            tempfile.TemporaryDirectory(prefix="ee_tuning-") as folder,  # this user's alone, as its sockets are
+            tempfile.TemporaryDirectory(prefix="ee_tuning-") as folder,  # private to this user, as its sockets are
             _processes(config, settings, Path(folder)) as processes,
         ):
             return asyncio.run(_serve(config, settings, processes, listening))
@@ -100,7 +100,7 @@ async def _until_ready(replica: Replica, process: ReplicaProcess) -> None:
 
 
 def _watch(process: ReplicaProcess, replicas: ReplicaSet) -> None:
-    """Lets no more requests go to a replica whose process ends."""
+    """Excludes a replica from new requests when its process ends."""
     loop = asyncio.get_running_loop()
 
     def ended() -> None:

@@ -1,4 +1,4 @@
-"""A request's body to the engine's jobs: parameters by their names here, prompts as token ids."""
+"""Converts a request's body to the engine's jobs: parameters by their names here, prompts as token ids."""
 
 import dataclasses
 import secrets
@@ -28,20 +28,20 @@ _OWN = frozenset(
     | {"return_tensors", "return_dict", "return_assistant_tokens_mask", "conversation", "messages"}
     | {"add_generation_prompt", "continue_final_message"}
 )
-"""Names that chat_template_kwargs may not have: they are arguments of the function that renders the template."""
+"""Names that chat_template_kwargs must not have: they are arguments of the function that renders the template."""
 
 
 class RequestJobs:
     """Makes jobs for one model and one engine."""
 
     def __init__(self, llm: EarlyExitLLM, engine: Engine, template: ChatTemplate, tool_call_parser: str | None = None):
-        """`tool_call_parser` says how the model writes calls of tools. Raises InputError where the job's own policy is
-        not to be had with these exits.
+        """`tool_call_parser` names the format of the model's tool calls. Raises InputError where these exits do not
+        allow the job's own policy.
         """
         self.llm, self.template, self.tool_call_parser = llm, template, tool_call_parser
         self.engine = engine
         generation = llm.defaults
-        if not llm.exit_layers and generation.policy == "threshold":  # the default where nothing is said
+        if not llm.exit_layers and generation.policy == "threshold":  # the default of requests
             generation = dataclasses.replace(generation, policy="full")
         self.defaults = generation
         self.default_policy = llm.policy(generation)
@@ -63,7 +63,7 @@ class RequestJobs:
         return True
 
     def completion_jobs(self, body: CompletionBody) -> list[Job]:
-        """A job for each prompt. Raises InputError on values that can not be used."""
+        """Returns a job for each prompt. Raises InputError on values that can not be used."""
         prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
         if prompts and isinstance(prompts[0], int):
             prompts = [prompts]  # one prompt as token ids
@@ -77,16 +77,14 @@ class RequestJobs:
             if not text and not ids and isinstance(prompt, list):
                 raise InputError("a prompt must hold at least one token, got an empty list; give text or token ids")
             limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-            limit = limit or int(
-                bool(body.echo)
-            )  # with none, an echo alone is an answer: room for one token is checked
+            limit = limit or int(bool(body.echo))  # 0 asks for an echo alone; room for one token is checked
             jobs.append(
                 self._job(Job(text, self._params(body, limit, logprobs), policy, adds, ids, body.priority or 0))
             )
         return jobs
 
     def chat_job(self, body: ChatCompletionBody) -> Job:
-        """The job of a chat. Raises InputError on values that can not be used."""
+        """Returns the job of a chat. Raises InputError on values that can not be used."""
         if body.max_completion_tokens is not None and body.max_tokens not in (None, body.max_completion_tokens):
             raise InputError(
                 f"max_tokens is the older name of max_completion_tokens, got {body.max_tokens} and "
@@ -120,7 +118,7 @@ class RequestJobs:
             ) from error
 
     def tool_use(self, body: ChatCompletionBody) -> ToolUse | None:
-        """What a chat asks of tools. Raises InputError on values that can not be used."""
+        """Returns the tool use of a chat. Raises InputError on values that can not be used."""
         return tool_use(body.tools, body.tool_choice, body.parallel_tool_calls, self.tool_call_parser)
 
     def chat_prompt(
@@ -132,7 +130,7 @@ class RequestJobs:
         variables: dict[str, Any] | None,
         tools: list[dict[str, Any]] | None = None,
     ) -> str:
-        """The text of a chat. Raises InputError where the template refuses it."""
+        """Returns the text of a chat. Raises InputError where the template refuses it."""
         if not messages:
             raise InputError("messages must hold at least one message, got none; give one of role user")
         if continues and adds_generation_prompt:
@@ -150,7 +148,7 @@ class RequestJobs:
         )
 
     def _job(self, job: Job) -> Job:
-        """`job` with its token ids. Raises InputError where the engine would refuse it."""
+        """Returns `job` with its token ids. Raises InputError where the engine would refuse it."""
         job = self.llm.prepared(job)
         engine = self.engine
         model = self.llm.model
@@ -206,7 +204,7 @@ class RequestJobs:
 
 
 def _by_api_names(message: str) -> str:
-    """Flags and keys in a message by the names that a request has for them."""
+    """Replaces flags and keys in a message by the names that a request has for them."""
     for flag, name in (
         ("--exit-layer", "exit_layer"),
         ("--threshold", "exit_threshold"),

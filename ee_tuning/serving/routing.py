@@ -108,7 +108,7 @@ class Router:
 
 
 def _hashes(prompt: str) -> list[int]:
-    """A hash for each beginning of whole blocks."""
+    """Returns a hash for each beginning of whole blocks."""
     hashes, last = [], 0
     for start in range(0, min(len(prompt) - _BLOCK + 1, _MOST_BLOCKS * _BLOCK), _BLOCK):
         last = hash((last, prompt[start : start + _BLOCK]))

@@ -1,4 +1,4 @@
-"""The HTTP server around the app, and how it ends: the first signal drains, the second one ends at once."""
+"""The HTTP server around the app, and its end: the first signal drains, the second one ends it at once."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ log = logging.getLogger("ee_tuning.serving")
 _BACKLOG = 2048
 """Connections that wait to be accepted."""
 _LAST_ANSWERS_SECONDS = 2
-"""Seconds that answers have on their way out once the draining is over."""
+"""Seconds for sending the last answers after draining."""
 
 
 class Requests(Protocol):
@@ -29,15 +29,15 @@ class Requests(Protocol):
 
     num_unfinished: int
     is_draining: bool
-    """Whether no new one is taken."""
+    """Whether new requests are refused."""
 
     @property
     def is_alive(self) -> bool:
-        """Whether they can be answered."""
+        """Whether requests can be answered."""
 
 
 class DrainingServer(uvicorn.Server):
-    """Ends when the requests have, after SIGTERM or Ctrl-C: new ones get 503 meanwhile."""
+    """A server that drains after SIGTERM or Ctrl-C: it ends when its requests have, and new ones get 503 meanwhile."""
 
     def __init__(self, config: uvicorn.Config, client: Requests, drain_timeout: float):
         super().__init__(config)
@@ -45,7 +45,7 @@ class DrainingServer(uvicorn.Server):
         self._drain_until: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins to drain, and the second one ends."""
+        """Drains on the first signal, and ends on the second one."""
         if self._drain_until is not None:
             self.should_exit = self.force_exit = True
             return
@@ -63,7 +63,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def make_server(app: Any, client: Requests, settings: ServeSettings) -> DrainingServer:
-    """A server that is not started yet."""
+    """Returns a server that is not started yet."""
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -82,7 +82,7 @@ def make_server(app: Any, client: Requests, settings: ServeSettings) -> Draining
 
 
 def bind(settings: ServeSettings) -> socket.socket:
-    """A socket that listens. Raises InputError where the address is taken or not this machine's."""
+    """Returns a listening socket. Raises InputError where the address is taken or not this machine's."""
     try:
         return _unix_socket(settings.uds) if settings.uds is not None else _tcp_socket(settings.host, settings.port)
     except (OSError, UnicodeError) as error:
@@ -109,7 +109,7 @@ def _tcp_socket(host: str, port: int) -> socket.socket:
 
 
 def _unix_socket(path: str) -> socket.socket:
-    """A socket that this user alone may use. One that an ended server left there is replaced."""
+    """Returns a socket that only this user may use. It replaces the one that an ended server left there."""
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISSOCK(os.stat(path).st_mode) and listening.connect_ex(path) == errno.ECONNREFUSED:
@@ -124,7 +124,7 @@ def _unix_socket(path: str) -> socket.socket:
 
 
 def address_of(listening: socket.socket, settings: ServeSettings) -> str:
-    """Where clients find the server."""
+    """Returns the address of the server for clients."""
     if settings.uds is not None:
         return f"unix:{settings.uds}"
     host, port = listening.getsockname()[:2]
@@ -133,7 +133,7 @@ def address_of(listening: socket.socket, settings: ServeSettings) -> str:
 
 
 def set_up_logs() -> None:
-    """Lines on stderr, with the time."""
+    """Sets up logging: lines on stderr, with the time."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What `ee-tuning serve` is asked beside the job: where it listens, and what it lets in."""
+"""The flags of `ee-tuning serve` beside the job: its address, and access to it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ class ServeSettings:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    """0 for any free port."""
+    """Port; 0 for any free port."""
     uds: str | None = None
     """Unix domain socket, instead of host and port."""
     root_path: str = ""
@@ -21,19 +21,19 @@ class ServeSettings:
     served_model_names: tuple[str, ...] = ()
     """Names of the model for clients; by default the name of its folder."""
     api_keys: tuple[str, ...] = ()
-    """Keys of which a client has to send one; none lets everyone in."""
+    """Keys of which a client must send one; empty for access without a key."""
     allowed_origins: tuple[str, ...] = ()
-    """Origins of web pages that browsers let use the server (CORS)."""
+    """Origins of web pages that may use the server from browsers (CORS)."""
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     tool_call_parser: str | None = None
-    """How the model writes calls of tools, a name of `tool_formats.FORMATS`; None where it writes none."""
+    """Format in which the model writes calls of tools, a name of `tool_formats.FORMATS`; None where it writes none."""
     max_model_len: int | None = None
     """Most tokens of prompt and completion together."""
     max_queue: int = 256
     """Most completions that wait."""
     request_timeout: float = 600.0
-    """Seconds until a request is ended; 0 for never."""
+    """Seconds after which a request is ended; 0 for never."""
     max_body_bytes: int = 4 << 20
     drain_timeout: float = 30.0
     """Seconds that running requests have after SIGTERM."""
@@ -71,8 +71,8 @@ class ServeSettings:
 
 
 def read_api_keys(keys: list[str], file: Path | None) -> tuple[str, ...]:
-    """Keys given one by one, and those of a file, one a line. Raises InputError on a file without any, and on an empty
-    key.
+    """Returns the keys given one by one, and those of a file with one per line. Raises InputError on a file without
+    any, and on an empty key.
     """
     if file is not None:
         try:

@@ -17,7 +17,7 @@ _EXPORTERS = {
     "grpc": "opentelemetry.exporter.otlp.proto.grpc.trace_exporter",
 }
 _SECONDS_TO_EXPORT = 5
-"""A collector that does not answer holds up the end of the server for no longer."""
+"""Seconds that a collector without an answer may delay the end of the server."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _asked(request: TracedRequest) -> dict[str, Any]:
 
 
 def _used(request: TracedRequest, completions: list[Completion]) -> dict[str, Any]:
-    """Tokens, and seconds: to the first token of all completions, and to the last."""
+    """Returns the number of tokens, and the seconds to the first token of all completions, and to the last."""
     told: dict[str, Any] = {
         "gen_ai.usage.prompt_tokens": sum(len(job.prompt_ids) for job in request.jobs),
         "gen_ai.usage.completion_tokens": sum(len(done.token_ids) for done in completions),
