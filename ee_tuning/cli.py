@@ -23,14 +23,14 @@ from ee_tuning.standard_streams import output_error_text, prepare_streams, settl
 from ee_tuning.utf8 import typed_text, use_utf8
 
 LOST_RANK = 1
-"""Exit code of a rank that lost another one: no mistake of the user's, and no bug."""
+"""Exit code of a rank that lost another one, which is neither a user's mistake nor a bug."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as in shells."""
 NO_TRITON = (
     "Megatron-core 0.19, which pip takes on Python 3.12 and later, imports triton without asking pip for it, and "
     "torch's build for CPUs does not bring it; pip install triton"
 )
-"""What a user of that build reads instead of a traceback."""
+"""Message for users of that build, instead of a traceback."""
 SPINS = "1000"
 """Spins of a thread at a barrier before it sleeps, about 25 µs. OpenMP's default of 300,000 occupies a core that the
 awaited thread may need on a busy machine; below 1,000 an idle machine decodes more slowly.
@@ -98,7 +98,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _as_meant(name: str, value: Any) -> Any:
     """Returns an argument as the user meant it: paths expanded, and texts for a model decoded as UTF-8."""
-    if isinstance(value, Path):  # a shell does not expand the ~ of --output=~/x
+    if isinstance(value, Path):  # shells do not expand the ~ of --output=~/x
         value = Path(expanded(str(value), f"--{name.replace('_', '-')}"))
         if name == "output" and value.name in ("", ".."):
             raise InputError(

@@ -42,7 +42,7 @@ def time_left(seconds: float, done: int, total: int) -> str:
 
 
 class ProgressLines:
-    """Lines about work that begins when this is made. The longer it lasts, the rarer they are."""
+    """Lines about work that begins when this object is created. The longer it lasts, the rarer they are."""
 
     def __init__(self, num_done_before: int = 0):
         """`num_done_before` items were done by an earlier process and say nothing about the time left."""
@@ -72,7 +72,7 @@ def byte_progress(description: str, total: int, *, is_shown: bool = True) -> Ite
 
 
 class ByteProgress:
-    """Progress of work whose bytes become known as it goes on; nothing is shown of quick work. A context manager."""
+    """Progress of work whose size becomes known as it goes on; quick work shows nothing. A context manager."""
 
     def __init__(self, description: str, *, is_shown: bool):
         self._description, self._is_shown = description, is_shown

@@ -1,4 +1,4 @@
-"""Plain text tables, as terminals and files show them alike."""
+"""Plain text tables, alike in terminals and files."""
 
 from collections.abc import Sequence
 

@@ -36,7 +36,7 @@ SURENESS = 0.99
 
 @dataclass(frozen=True)
 class ExitObservations:
-    """What the exits predicted for the same n tokens."""
+    """Predictions of the exits for the same n tokens."""
 
     confidences: dict[tuple[int, Measure], Tensor]
     """Exit layer, measure -> [n]."""

@@ -163,7 +163,7 @@ def guarantee_tree(asked: Guarantee, proofs: Mapping[Measure, Proof]) -> dict[st
 
 
 def remedy_text(asked: Guarantee, proof: Proof, units: str) -> str:
-    """Returns the advice where no threshold is proven."""
+    """Returns advice for the case that no threshold is proven."""
     needed = documents_needed(asked.delta, proof.level, float(proof.losses[0]))
     if needed is None:
         return "tune the heads longer, or raise --guarantee"

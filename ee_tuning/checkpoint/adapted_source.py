@@ -87,7 +87,7 @@ class AdaptedSource:
         return self.base.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns the dtype of the tensor: the stored one of what it is read from."""
+        """Returns the dtype of the tensor: the stored one of the file that it is read from."""
         return self._weights.dtype(name) if name in self._replaced else self.base.dtype(name)
 
     def check_shape(self, name: str, shape: TensorShape) -> None:

@@ -40,7 +40,7 @@ class HuggingFaceReader(SafetensorsFolder):
         }
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor of that name exists, with the names of the family's whole models."""
+        """Whether a tensor with that name exists, in the names of the family's whole models."""
         return self.stored_name(name) in self.files
 
     def take_output_for_embedding(self, config: ModelConfig) -> None:

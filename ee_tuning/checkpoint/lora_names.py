@@ -6,7 +6,7 @@ from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.tensor_slice import Shard, TensorSlice
 
 PREFIX = "base_model.model."
-"""peft's name for what is inside its wrapper."""
+"""peft's prefix for the names inside its wrapper."""
 _FIELDS = {
     "q_proj": "query",
     "k_proj": "key",

@@ -3,8 +3,8 @@
 They are read by slices, whatever layout wrote them: each rank copies the rectangles it needs from the mapped files.
 Layers, and the experts of each layer, may be stacked in one tensor (`decoder.layers.mlp.experts.experts.…`) or stand
 alone (`decoder.layers.3.mlp.experts.experts.5.…`); norms may have the local spec's names or Transformer Engine's. The
-formats `torch_dcp` and `fsdp_dtensor` have the same files without `common.pt`, and names that begin with `model.`; nor
-has `torch_dist` a `common.pt` since Megatron-core 0.19. What it held lies among the tensors.
+formats `torch_dcp` and `fsdp_dtensor` have the same files without `common.pt`, and names that begin with `model.`;
+`torch_dist` has no `common.pt` either since Megatron-core 0.19. Its former content lies among the tensors.
 """
 
 import math
@@ -38,7 +38,7 @@ _FURTHER_TOKENS = "mtp."
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
 _EXPERT = re.compile(r"(mlp\.experts\.)local_experts\.(\d+)\.(.+)")
 _COMMON_STATE = "common_state/shard_0_1"
-"""The key of what is no tensor in a checkpoint of Megatron-core 0.19."""
+"""Key of the non-tensor data in a checkpoint of Megatron-core 0.19."""
 _FINAL_NORM = "decoder.final_layernorm.weight"
 
 

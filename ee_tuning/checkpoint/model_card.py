@@ -13,7 +13,7 @@ TRANSFORMERS_LINES = (
     'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER", trust_remote_code=False)',
     "```",
 )
-"""How transformers loads a plain folder, for its card."""
+"""Lines of a plain folder's card: loading it with transformers."""
 
 
 def artifact_card(exits: Mapping[str, Any]) -> str:

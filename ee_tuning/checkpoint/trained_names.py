@@ -47,8 +47,8 @@ def lora_targets(tuning: TuningSection, config: ModelConfig) -> tuple[str, ...]:
 
 
 def trained_parameters(tuning: TuningSection, config: ModelConfig) -> list[str]:
-    """Returns Megatron-core's names of what is trained beside the exits, over all layers; LoRA's matrices are named
-    after the linear map beside which they are.
+    """Returns Megatron-core's names of the parameters trained beside the exits, over all layers. LoRA's matrices are
+    named after the linear map that they stand beside.
     """
     trained, layers = tuning.trained, range(1, config.num_layers + 1)
     if trained.kind == "lora":
@@ -90,10 +90,9 @@ def trained_shapes(tuning: TuningSection, config: ModelConfig) -> dict[str, Tens
 
 
 def half_of(config: ModelConfig, seed: int, choice: int) -> frozenset[str]:
-    """Returns the stored tensors that are trained while the `choice`-th half is: of each layer two of the four matrices
-    of attention and one of two norms; of its three MLP matrices two in every other layer and one in the rest (HFT,
-    arXiv 2404.18466, chooses within these categories, too). A bias goes with its matrix. The final norm is always
-    trained.
+    """Returns the stored tensors of the `choice`-th half: of each layer two of the four matrices of attention and one
+    of two norms; of its three MLP matrices two in every other layer and one in the rest (HFT, arXiv 2404.18466, chooses
+    within these categories, too). A bias goes with its matrix. The final norm is always trained.
     """
     draw, layers = random.Random(f"{seed}/{choice}"), range(1, config.num_layers + 1)
     chosen = {piece.name for kind in norm_kinds(config) for piece in _pieces(f"decoder.final_layernorm.{kind}", config)}

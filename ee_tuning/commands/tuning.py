@@ -164,7 +164,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def advise(args: argparse.Namespace) -> None:
-    """Prints what the ways to decode a model faster would take and could bring."""
+    """Prints what each way to decode a model faster would cost and could gain."""
     config = job_of(args)
     from ee_tuning.checkpoint.formats import read_shape
     from ee_tuning.planning.advice_text import print_advice

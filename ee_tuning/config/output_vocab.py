@@ -9,7 +9,7 @@ class AutoVocab:
 
     @classmethod
     def read(cls, text: str) -> "AutoVocab | None":
-        """Returns None where `text` is another word."""
+        """Parses `auto`. Returns None where `text` is another word."""
         return cls() if text == "auto" else None
 
     def __str__(self) -> str:

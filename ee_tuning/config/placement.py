@@ -18,7 +18,9 @@ class AutoLayers:
 
     @classmethod
     def read(cls, text: str) -> "AutoLayers | None":
-        """Returns None where `text` does not begin with `auto`. Raises InputError where it does, but is invalid."""
+        """Parses `auto:N`. Returns None where `text` does not begin with `auto`. Raises InputError where it does, but
+        is invalid.
+        """
         if not text.startswith("auto"):
             return None
         found = re.fullmatch(r"auto:([1-9]\d{0,3})(:profile)?", text)

@@ -11,7 +11,7 @@ _WORDS: dict[str, Kind] = {"heads": "heads", "lora": "lora", "mlp": "mlp", "half
 
 @dataclass(frozen=True)
 class Trainable:
-    """What is trained beside the exits."""
+    """The choice of weights that are trained beside the exits."""
 
     kind: Kind
     num_last: int = 0

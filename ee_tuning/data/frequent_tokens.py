@@ -35,7 +35,7 @@ _COUNTED_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """How often each token is a label."""
+    """Number of times that each token is a label."""
 
     counts: NDArray[np.int64]
     """[v]."""

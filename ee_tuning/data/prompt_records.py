@@ -43,7 +43,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFormat:
-    """How records are turned into prompts."""
+    """The rules by which records are turned into prompts."""
 
     text_key: str
     """Key of a text."""

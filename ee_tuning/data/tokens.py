@@ -23,7 +23,7 @@ _SCANNED_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentRules:
-    """How documents within a sample are separated, as in the config's section `data`."""
+    """The separation of documents within a sample, as in the config's section `data`."""
 
     reset_attention_mask: bool = False
     reset_position_ids: bool = False

@@ -44,7 +44,7 @@ WARM_TOKENS = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Procedure:
-    """How to measure."""
+    """Settings of the measurement."""
 
     batch_size: int = 1
     """Prompts decoded at a time on each replica."""
@@ -262,8 +262,8 @@ class BlockRunner:
         )
 
     def _num_agreed(self, job: Job, said: Completion, full: Completion) -> int:
-        """Counts the tokens of `said` that the full model predicts after the same prefix. Its own completion `full` is
-        known.
+        """Counts the tokens of `said` that the full model predicts after the same prefix. `full` is the full model's
+        own completion.
         """
         ids, own = said.token_ids, full.token_ids
         same = next((at for at, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))

@@ -1,4 +1,6 @@
-"""Pictures of an evaluation, like figures 5 to 9 of EE-Tuning: quality against speed-up, and where tokens left."""
+"""Pictures of an evaluation, like figures 5 to 9 of EE-Tuning: quality against speed-up, and the layers at which tokens
+left.
+"""
 
 from pathlib import Path
 from typing import Any

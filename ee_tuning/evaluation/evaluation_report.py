@@ -143,7 +143,7 @@ def _table(task: TaskResult, num_layers: int) -> str:
 
 
 def _exits_table(task: TaskResult, num_layers: int) -> str:
-    """Returns the table of where tokens left, the second picture in numbers."""
+    """Returns the table of the layers at which tokens left, the second picture in numbers."""
     layers = sorted(task.full_depth.exits)
     head = "".join(f"<th>{'the end' if layer == num_layers else f'layer {layer}'}</th>" for layer in layers)
     rows = "".join(

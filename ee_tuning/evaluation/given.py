@@ -1,4 +1,4 @@
-"""Metrics of given texts: which of several choices the model finds likeliest, and how likely it finds an answer.
+"""Metrics of given texts: the likeliest of several choices, and the likelihood of an answer.
 
 Texts are teacher-forced: each token's probability is that of the exit at which its position would leave (see
 ee_tuning/generation/scoring.py), so speculation equals full depth. Nothing is generated, and times mean nothing.

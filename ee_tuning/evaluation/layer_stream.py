@@ -1,5 +1,5 @@
-"""A model's layers, of which one is in memory at a time: built, read, run and dropped, so that a model of any size
-needs the memory of one layer.
+"""Layers of a model that are in memory one at a time: built, read, run and dropped, so that a model of any size needs
+the memory of one layer.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SAMPLE_LENGTH = 128
 class LayerStream:
     """The embedding, the layers and the final head of a model, each cut over tensor parallelism.
 
-    Where the replicas run `in_step`, one of them reads each layer and broadcasts it; else each reads what it runs.
+    If the replicas run `in_step`, one of them reads each layer and broadcasts it; otherwise each reads its own.
     """
 
     def __init__(

@@ -115,7 +115,7 @@ def _check_exit_layer(config: Config, flags: argparse.Namespace) -> None:
 
 
 def _check_kind(config: Config, flags: argparse.Namespace) -> None:
-    """Raises InputError where the format is not one of the heads in exits.path, or of what is to be put beside them."""
+    """Raises InputError where the format does not suit the heads in exits.path, or those to be merged or added."""
     from ee_tuning.artifact.exit_config import read_exit_config
     from ee_tuning.artifact.exit_heads import check_is_artifact
 

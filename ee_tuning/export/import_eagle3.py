@@ -80,8 +80,8 @@ class _Published:
                 )
 
     def tensors(self, exits: ExitHeadsConfig) -> Iterator[tuple[str, Tensor]]:
-        """Yields the artifact's tensors. Raises InputError where one is missing, has another shape, or is not the
-        head's.
+        """Yields the artifact's tensors. Raises InputError where one is missing, has another shape, or does not belong
+        to the head.
         """
         expected = exits.tensor_shapes(self._model)
         prefix = f"exits.{self._model.num_layers}."

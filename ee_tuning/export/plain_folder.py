@@ -49,8 +49,8 @@ def plain_description(
 ) -> dict[str, Any]:
     """Returns config.json: the backbone's own, with the family's stock class and other layers.
 
-    `layers` names the backbone's layer (1-based) that each layer of `shape` is made of. `special` holds token ids that
-    the model's own lacks.
+    `layers` holds, for each layer of `shape`, the backbone's layer (1-based) that it is made of. `special` holds token
+    ids that the model's own lacks.
     """
     raw = model.described()
     family: dict[str, Any] = {

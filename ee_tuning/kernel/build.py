@@ -1,8 +1,8 @@
 """Builds the kernels of this folder with the machine's own C++ compiler, for its own processor, once; later processes
-find them kept.
+reuse them.
 
-Where there is no compiler, or it fails, decoding takes torch's operators: nothing is lost but speed. The environment
-variable EE_TUNING_KERNEL=0 asks for that.
+Without a compiler, or if it fails, decoding uses torch's operators, which are slower. The environment variable
+EE_TUNING_KERNEL=0 selects these, too.
 """
 
 import ctypes
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 
 
 Number = Literal["float", "double", "BFloat16"]
-"""What tensors hold, as the sources call it; see numbers.h."""
+"""Number type of the tensors, as the sources call it; see numbers.h."""
 
 
 @cache
 def kernels(number: Number = "float") -> ctypes.CDLL | None:
-    """The built kernels; None where they are not to be had, which is logged once."""
+    """Returns the built kernels; None where they are not available, which is logged once."""
     if os.environ.get(SWITCH, "1") == "0":
         return None
     compiler = _compiler()
@@ -62,19 +62,19 @@ def _compiler() -> str | None:
 
 
 def _loaded(compiler: str, number: Number) -> ctypes.CDLL:
-    """The library, from the cache or new."""
+    """Returns the library, from the cache or newly built."""
     library = _library(compiler, number)
     if library.exists():
         try:
             return ctypes.CDLL(str(library))
-        except OSError:  # a machine that went down, or a full disk, leaves half a file
+        except OSError:  # a machine that went down, or a full disk, may have left half a file
             log.info("%s can not be loaded and is built anew", library)
     _build(compiler, number, library)
     return ctypes.CDLL(str(library))
 
 
 def _library(compiler: str, number: Number = "float") -> Path:
-    """Where the library lies that this compiler makes of these sources for this processor."""
+    """Returns the path of the library that this compiler makes of these sources for this processor."""
     sources = sorted([*SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")])
     told = [
         compiler,
@@ -88,19 +88,19 @@ def _library(compiler: str, number: Number = "float") -> Path:
 
 
 def _build(compiler: str, number: Number, library: Path) -> None:
-    """Processes that build at once each put the same one there."""
+    """Builds the library. Processes that build at the same time write identical files to the same path."""
     runtime = _openmp_in_use()
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as scratch:
         part, made = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
         _run([compiler, *FLAGS, f"-DNUMBER={number}", "-c", str(SOURCE / "decoding.cpp"), "-o", str(part)])
-        # Two runtimes would keep two sets of threads, each spinning on the other's cores: it has to be torch's own.
+        # Two runtimes would keep two sets of threads, each spinning on the other's cores: link torch's own.
         _run([compiler, "-shared", str(part), "-o", str(made), *([str(runtime)] if runtime else ["-fopenmp"])])
         made.replace(library)
 
 
 def kernel_folder() -> Path:
-    """Where built kernels are kept: `kernels` in the cache folder; a folder that ends with the process where others
-    could write there.
+    """Returns the folder of built kernels: `kernels` in the cache folder or, where others could write there, a folder
+    that is removed at the end of the process.
     """
     folder = cache_folder() / "kernels"
     try:
@@ -124,11 +124,11 @@ def _own_folder() -> Path:
 
 
 _own_folders: list[tempfile.TemporaryDirectory[str]] = []
-"""Removed when the process ends."""
+"""Folders that are removed when the process ends."""
 
 
 def _openmp_in_use() -> Path | None:
-    """The OpenMP runtime that torch has loaded, where it is GNU's."""
+    """Returns the OpenMP runtime that torch has loaded, if it is GNU's."""
     try:
         mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
     except OSError:
@@ -137,7 +137,9 @@ def _openmp_in_use() -> Path | None:
 
 
 def processor() -> str:
-    """What -march=native asks: homes are shared by machines that differ."""
+    """Returns the properties of the processor that -march=native depends on, because machines that differ may share a
+    home.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
     except OSError:

@@ -1,4 +1,6 @@
-"""What the kernels take, as they take it: pointers to tensors that the caller keeps alive. See decoding.cpp."""
+"""Arguments and calls of the kernels: structures of pointers to tensors, which the caller keeps alive. See
+decoding.cpp.
+"""
 
 import ctypes
 from collections.abc import Sequence
@@ -13,9 +15,9 @@ from ee_tuning.kernel.build import Number, kernels
 # t tokens · h hidden · d width of a head · v vocabulary, padding included
 
 MOST_TOKENS = 32
-"""The most tokens of a pass that is worth a kernel: for more, torch's matrix products are as fast."""
+"""Most tokens of a pass for which a kernel is faster: for more, torch's matrix products are as fast."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-"""Activations in the order that the kernels number them."""
+"""Activations in the order of the kernels' numbers."""
 _NUMBERS: dict[torch.dtype, Number] = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "BFloat16"}
 _INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
@@ -51,7 +53,7 @@ class Layer(ctypes.Structure):
 
 
 class Row(ctypes.Structure):
-    """Tokens of a sequence: `length` from `start` on."""
+    """Tokens of a sequence: `length` of them from position `start` on."""
 
     _fields_ = _fields("start length", "places")
 
@@ -81,7 +83,7 @@ class Segment(ctypes.Structure):
 
 
 class StepRow(ctypes.Structure):
-    """The newest tokens of a sequence, and where the last one left; see step.h."""
+    """The newest tokens of a sequence, and the exit of the last one; see step.h."""
 
     _fields_ = [
         *_fields(pointers="places num_computed num_own thresholds tokens"),
@@ -108,12 +110,12 @@ class Step(ctypes.Structure):
 
 
 def serves(tensor: Tensor) -> bool:
-    """Whether there are kernels for such tensors on this machine."""
+    """Whether this machine has kernels for such tensors."""
     return tensor.device.type == "cpu" and tensor.dtype in _NUMBERS and kernels(_NUMBERS[tensor.dtype]) is not None
 
 
 def fill(structure: ctypes.Structure, tensors: dict[str, Tensor | None]) -> None:
-    """Sets a structure's pointers. The tensors have to be contiguous, and to outlive it."""
+    """Sets a structure's pointers. The tensors must be contiguous, and outlive it."""
     for name, tensor in tensors.items():
         assert tensor is None or tensor.is_contiguous(), name
         setattr(structure, name, None if tensor is None else tensor.data_ptr())
@@ -122,7 +124,9 @@ def fill(structure: ctypes.Structure, tensors: dict[str, Tensor | None]) -> None
 def native_batch(
     starts: Sequence[int], lengths: Sequence[int], places: Sequence[int], cos: Tensor, sin: Tensor
 ) -> Pass:
-    """`places` are addresses of each row's places, int64 from its first token on; cos and sin [positions, d]."""
+    """Returns the description of a pass. `places` are addresses of each row's places, int64 from its first token on;
+    cos and sin [positions, d].
+    """
     rows = (Row * len(starts))(*(Row(*row) for row in zip(starts, lengths, places, strict=True)))
     made = Pass(
         sum(lengths), len(starts), torch.get_num_threads(), ctypes.addressof(rows), cos.data_ptr(), sin.data_ptr()
@@ -137,7 +141,9 @@ def run_layers(
     given: Pass,
     hidden: Tensor,  # [t, h]
 ) -> tuple[Tensor, Tensor, Tensor]:  # [t, h] each
-    """Hidden states behind the layers, and what the last one's MLP took and was added to."""
+    """Returns hidden states behind the layers, and the last layer's MLP input and the residual that its output was
+    added to.
+    """
     hidden = hidden.contiguous()
     out, normed, residual = torch.empty_like(hidden), torch.empty_like(hidden), torch.empty_like(hidden)
     _function("run_layers", hidden.dtype)(
@@ -152,8 +158,8 @@ def run_head(
     states: Tensor,
     residual: Tensor | None,  # [t, h]
 ) -> tuple[Tensor, Tensor]:  # [t, v], float32 of fewer bits; [t, 2] float64
-    """Logits, and of each token the likeliest id and its probability, of ids that are no padding; of a shortlist as
-    `token_top1` has it.
+    """Returns logits, and of each token the likeliest id and its probability, without ids of padding; for a shortlist
+    as `token_top1` returns them.
     """
     states = states.contiguous()
     residual = None if residual is None else residual.contiguous()
@@ -174,7 +180,7 @@ def run_head(
 
 
 def run_step(shape: Shape, step: Step, dtype: torch.dtype) -> None:
-    """Runs `step`, whose tensors are of `dtype`, and fills in what came of it."""
+    """Runs `step`, whose tensors are of `dtype`, and fills in its results."""
     _function("run_step", dtype)(shape, step)
 
 

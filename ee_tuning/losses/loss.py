@@ -113,7 +113,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, inputs: _LossInputs) -> tuple[Tensor, Tensor]:
         sums = _chunked_loss(hidden, weight, inputs, *ctx.needs_input_grad[:2])
-        # Kept by hand and not by save_for_backward, so that the engine can take over the weight's gradient without a
+        # Stored directly and not by save_for_backward, so that the engine can take over the weight's gradient without a
         # copy.
         ctx.gradients, ctx.weight_dtype = (sums.grad_hidden, sums.grad_weight), weight.dtype
         ctx.mark_non_differentiable(sums.statistics)
@@ -138,7 +138,7 @@ class _LossSums:
 
     loss: Tensor
     statistics: Tensor  # [len(STATISTICS)]
-    per_token: dict[str, Tensor]  # [n] each, not weighed by the mask
+    per_token: dict[str, Tensor]  # [n] each, not multiplied by the mask
     grad_hidden: Tensor | None  # [s, b, h]
     grad_weight: Tensor | None  # [v/tp, h], float32 at least
 

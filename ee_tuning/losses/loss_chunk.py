@@ -108,7 +108,9 @@ class LossChunk:
 
 
 def shares(objective: Objective, per_token: Mapping[str, Tensor]) -> dict[str, Tensor | float]:  # [n] or a number each
-    """How much of each of PER_TOKEN's distances is a token's loss; those that are no part of it left out."""
+    """Returns the coefficient of each of PER_TOKEN's distances in a token's loss, without distances that are not part
+    of it.
+    """
     found: dict[str, Tensor | float] = {
         name: share
         for name in ("cross_entropy", "forward_kl", "total_variation")

@@ -79,7 +79,7 @@ class TeacherChannel:
         """Returns the teacher of the oldest expected micro-batch on other stages, or None on stages without exits."""
         if not self._is_student:
             return None
-        # Over tensor parallelism: all ranks of a stage take theirs in order.
+        # Under tensor parallelism all ranks of a stage take their parts in order.
         signal = self._model.whole_sequence(self.feedback.take())
         if self._plan.sends_hidden:
             return HiddenTeacher(signal, self._model.backbone.output_layer.weight)

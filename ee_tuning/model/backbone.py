@@ -216,7 +216,7 @@ class BackboneStage(nn.Module):
         return layers[str(number - 1)]
 
     def final_norm(self, hidden: Tensor) -> Tensor:  # […, h] -> […, h]
-        """The norm before the model's own output matrix, if this stage has it."""
+        """Applies the norm before the model's own output matrix, if this stage has it."""
         return self.decoder["final_layernorm"](hidden)
 
     def embed(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:  # [b, s], [b, s] -> [s, b, h]

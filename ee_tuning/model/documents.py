@@ -46,8 +46,8 @@ class PackedDocuments:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """[b, 1, s, s] bool: whether a token (row) attends to another (column). The same for all layers. None for all
-        earlier tokens.
+        """Returns [b, 1, s, s] bool: whether a token (row) attends to another (column). The same for all layers. None
+        if all tokens attend to all earlier ones.
         """
         if self.ids is None:
             return None

@@ -73,12 +73,14 @@ class StagePlan:
 
     @property
     def brought(self) -> tuple[int, ...]:
-        """Those that come with the hidden states from the stage before, which are themselves the last of its layers."""
+        """The layers whose states come with the hidden states from the stage before, which are themselves the output of
+        its last layer.
+        """
         return tuple(layer for layer in self.aux_layers if layer < self.first_layer - 1)
 
     @property
     def carried(self) -> tuple[int, ...]:
-        """Those that go on with the hidden states to the next stage."""
+        """The layers whose states go on with the hidden states to the next stage."""
         return tuple(layer for layer in self.aux_layers if layer < self.last_layer)
 
     @property
@@ -151,8 +153,8 @@ class EarlyExitModel(nn.Module):
 
     @torch.no_grad()
     def embed_ahead(self, labels: Tensor, num_steps: int) -> tuple[Tensor, ...]:  # [s, b] int64 -> [s, b, h] each
-        """Embeddings of the tokens 1, 2, … `num_steps` ahead of each, `labels` being those 1 ahead; what lies past the
-        row is some token. On the stage that drafts.
+        """Returns embeddings of the tokens 1, 2, … `num_steps` ahead of each token, `labels` being those 1 ahead. Past
+        the row's end they are those of arbitrary tokens. Only on the stage that drafts.
         """
         s = labels.shape[0]
         ahead = self.backbone.embed(F.pad(labels, (0, 0, 0, num_steps - 1)).t().contiguous())
@@ -173,7 +175,9 @@ class EarlyExitModel(nn.Module):
         )
 
     def relay_shapes(self, seq_length: int, micro_batch_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """[1 + c, s, b, h] of what comes from the stage before and of what goes on to the next (`stage_states.py`)."""
+        """Returns the shapes [1 + c, s, b, h] of the message from the stage before and of the message to the next one
+        (`stage_states.py`).
+        """
         shape = self.hidden_shape(seq_length, micro_batch_size)
         return (1 + len(self.plan.brought), *shape), (1 + len(self.plan.carried), *shape)
 
@@ -225,8 +229,8 @@ class EarlyExitModel(nn.Module):
         *,
         is_dropped: bool,
     ) -> Tensor:
-        """A layer's output, or its input if it is dropped; `inputs` gets what its exit takes, where it has one that
-        reads this layer alone.
+        """Returns a layer's output, or its input if it is dropped. Adds the input of the layer's exit to `inputs`, if
+        it has one that reads this layer only.
         """
         if str(number) in self.exit_heads and self.exit_head(number).takes_mlp_input:
             hidden, inputs[number] = self._run_layer_with_mlp_exit(number, hidden, documents)

@@ -56,8 +56,8 @@ class ExitInput:
         return self._of_each(lambda x: x[where])
 
     def tokens(self, places: Tensor) -> "ExitInput":  # [n] int64
-        """Returns the input of the tokens [n, h] at `places` of hidden states [s, b, h], counted row by row of b, each
-        on its own.
+        """Returns the input for the tokens [n, h] at `places` of hidden states [s, b, h], numbered row by row of b.
+        Each token stands alone.
         """
         return self._of_each(lambda x: x.flatten(0, 1)[places])
 

@@ -47,7 +47,7 @@ class ExitSpec:
     """
 
     draft: DraftSpec | None = None
-    """What an `eagle3` head is; None for all others."""
+    """Description of an `eagle3` head; None for all others."""
 
     def output_rows(self, vocab_size: int) -> int:
         """Returns the rows of its output matrix, without padding."""

@@ -1,8 +1,8 @@
-"""FlashAttention over rows of any length, through what the torch at hand has of it.
+"""FlashAttention over rows of any length, through the interfaces of the installed torch.
 
-`varlen_attn` has grown from release to release, and refuses parameters that it does not know yet: up to torch 2.11 it
-lacks `seqused_k`, `block_table` and `enable_gqa`. The operator beneath it takes `seqused_k` in every release that is
-supported, and grouped queries as they are.
+`varlen_attn` has gained parameters from release to release, and refuses the ones that it does not know: up to torch
+2.11 it lacks `seqused_k`, `block_table` and `enable_gqa`. The operator beneath it takes `seqused_k` in every supported
+release, and grouped queries as they are.
 """
 
 import inspect
@@ -23,12 +23,12 @@ _KERNEL: Any = torch.ops.aten._flash_attention_forward
 
 
 def takes(dtype: torch.dtype, width: int) -> bool:
-    """Whether the kernel is made for tensors of this dtype and heads of this width."""
+    """Whether the kernel supports tensors of this dtype and heads of this width."""
     return dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
 
 
 def serves(like: Tensor, parameter: str | None = None) -> bool:
-    """Whether there is a kernel for tensors of this device, dtype and last dimension, d, and it takes `parameter`."""
+    """Whether a kernel exists for tensors of this device, dtype and last dimension, d, and takes `parameter`."""
     if (
         parameter is not None
         and parameter not in _names()

@@ -28,12 +28,12 @@ FUSED = {
 """Megatron-core's linear map -> Hugging Face's, in order."""
 TARGETS = tuple(name for names in FUSED.values() for name in names)
 ROW_PARALLEL = ("o_proj", "down_proj")
-"""Those of which each tensor-parallel rank has a part of the inputs; of the others it has a part of the outputs."""
+"""Maps of which each tensor-parallel rank has a part of the inputs; of the others it has a part of the outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """What is added to a stage's layers."""
+    """Specification of the low-rank maps that are added to a stage's layers."""
 
     targets: tuple[str, ...]
     """Those of TARGETS that get a pair of matrices."""
@@ -71,7 +71,9 @@ class LoraPair(nn.Module):
 
     @torch.no_grad()
     def draw(self, name: str, seed: int, inputs: int, first: int) -> None:
-        """Draws A, whose columns begin with column `first` of the whole matrix [r, `inputs`]. `name` is its own."""
+        """Draws A, whose columns begin with column `first` of the whole matrix [r, `inputs`]. `name` is the name of the
+        pair.
+        """
         key = int.from_bytes(sha256(f"{seed}/{name}".encode()).digest()[:7])
         whole = torch.rand(self.lora_A.shape[0], inputs, generator=torch.Generator().manual_seed(key))
         part = whole.mul_(2).sub_(1).div_(math.sqrt(inputs))[:, first : first + self.lora_A.shape[1]]
@@ -97,7 +99,7 @@ class LoraMaps(nn.Module):
                 self.add_module(name, LoraPair(inputs, outputs, lora.rank, dtype=lora.dtype, device=topology.device))
 
     def forward(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o], as the linear map takes and returns them
-        """Returns what is to be added to the linear map's output."""
+        """Returns the addend of the linear map's output."""
         parts = dict(self.named_children())
         products: list[Tensor | None] = []
         for name in self._names:
@@ -117,7 +119,7 @@ class LoraMaps(nn.Module):
         return torch.cat(groups, dim=-1).flatten(-2)
 
     def _product(self, pair: Any, x: Tensor) -> Tensor:
-        # Ranks exchange the r numbers of a token between the two matrices, never its i or o.
+        # Ranks exchange the r numbers of a token between the two matrices, instead of its i or o.
         inner = x @ pair.lora_A.t()
         if self._group is not None and self._is_row_parallel:
             reduce = reduce_scatter_sequence if self._cuts_sequence else reduce_from_tp

@@ -1,4 +1,4 @@
-"""A low-rank linear map beside the identity, which a fit adds to an exit head that must stay small."""
+"""A low-rank linear map beside the identity, which a fit adds to an exit head whose size must stay small."""
 
 from typing import Any
 

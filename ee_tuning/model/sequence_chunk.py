@@ -1,7 +1,7 @@
 """Sequences that go through frozen layers in chunks: a chunk's tokens attend to the keys and values of those before it.
 
-Frozen layers need no gradient, so keys and values are all that stays of an earlier chunk. What a layer needs beside
-them grows with the chunk, and not with the sequence.
+Frozen layers need no gradient, so only keys and values of earlier chunks are kept. All other memory of a layer grows
+with the chunk, and not with the sequence.
 """
 
 from dataclasses import dataclass

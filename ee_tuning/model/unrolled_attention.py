@@ -25,7 +25,8 @@ def unrolled_attention(
     scale: float,
     documents: PackedDocuments | None,
 ) -> Tensor:  # [s, b, n * d]
-    """Returns what each token's draft attends to: the text up to it, and its own earlier steps.
+    """Returns the attention's output for each token's draft, which attends to the text up to the token and to its own
+    earlier steps.
 
     The backward pass recomputes the scores of each block: storing them would take s · s numbers for every head and
     step.
@@ -60,7 +61,7 @@ def unrolled_attention(
 
 
 def _seen(first: int, last: int, ids: Tensor | None, device: torch.device) -> Tensor:
-    """[1 or b, 1, 1, c, last] bool: the tokens of the text that queries first .. last - 1 attend to."""
+    """Returns [1 or b, 1, 1, c, last] bool: the tokens of the text that queries first .. last - 1 attend to."""
     place = torch.arange(last, device=device)
     seen = (place <= place[first:, None])[None]
     if ids is not None:

@@ -1,7 +1,7 @@
 """Sends one tensor per micro-batch back from the last stage to earlier ones, against the direction of the relay.
 
 It has a process group of its own: on the relay's group, a receive that waits for the last stage would block the hidden
-states behind it. This file knows nothing of teachers.
+states behind it. This file does not depend on teachers.
 """
 
 import time

@@ -15,14 +15,14 @@ class LaunchedRank(NamedTuple):
 
 
 class RendezvousError(InputError):
-    """This process could not join the others. Only this rank knows why, so it reports the error itself."""
+    """Failure of this process to join the others. Only this rank knows the cause, so it reports the error itself."""
 
 
 def adopt_slurm_step() -> None:
-    """Sets what torchrun would set, where `srun` started this process as one of several and no launcher stands between.
+    """Sets the variables that torchrun would set, where `srun` started this process directly as one of several.
 
     Variables that are set already stay. Only a step of several tasks counts: a batch script and an interactive shell
-    are steps of one, and what they start is a single process.
+    are steps of one task, and start a single process.
     """
     tasks = _value("SLURM_STEP_NUM_TASKS")
     if _value("RANK") or not _value("SLURM_PROCID") or not tasks.isdigit() or int(tasks) < 2:
@@ -33,7 +33,7 @@ def adopt_slurm_step() -> None:
         "WORLD_SIZE": tasks,
         "LOCAL_RANK": _value("SLURM_LOCALID"),
         "MASTER_ADDR": first_host(_value("SLURM_STEP_NODELIST")),
-        # Alike for all ranks, different for jobs that share a node, and below the ports that Linux gives out by itself.
+        # Equal for all ranks, different for jobs that share a node, and below the ports that Linux assigns by itself.
         "MASTER_PORT": str(15000 + (int(job) if job.isdigit() else 0) % 15000),
     }
     # LOCAL_WORLD_SIZE stays unset: with --gpus-per-task each process sees its own GPU alone, and a count of processes
@@ -51,10 +51,9 @@ def first_host(nodes: str) -> str:
 
 
 def launched_rank() -> LaunchedRank | None:
-    """Returns what RANK and WORLD_SIZE say, or None where no launcher set them.
-
-    WORLD_SIZE alone does not count: many shells and containers leave it set, and no other process would join. Raises
-    InputError where the two contradict each other.
+    """Returns the values of RANK and WORLD_SIZE, or None where no launcher set them. WORLD_SIZE alone does not count:
+    many shells and containers leave it set, and no other process would join. Raises InputError where the two contradict
+    each other.
     """
     rank, world_size = _number("RANK", least=0), _number("WORLD_SIZE", least=1)
     if rank is None:

@@ -1,7 +1,7 @@
 """Point-to-point messages. gloo moves host memory only, so tensors on a GPU go through pinned host memory on both
 sides.
 
-This applies to several processes on one GPU, which NCCL refuses. It costs a copy over PCIe on each side, and the sender
+This serves several processes on one GPU, which NCCL refuses. It costs a copy over PCIe on each side, and the sender
 waits until the GPU has computed the tensor.
 """
 

@@ -1,4 +1,5 @@
-"""Sends hidden states from each pipeline stage to the next, micro-batch by micro-batch, forward only. Knows no exits.
+"""Sends hidden states from each pipeline stage to the next, micro-batch by micro-batch, forward only. Exits play no
+part here.
 
 A micro-batch consists of a header on `pp_control` (gloo, CPU) and hidden states on `pp_group` (gloo or NCCL, `p2p.py`).
 The header holds the next action, so a request to stop or to save travels with the activations, and a stage never posts

@@ -1,8 +1,8 @@
-"""What ranks finish reaches rank 0 while all of them go on.
+"""Reports from all ranks to rank 0, while all of them continue to work.
 
 A thread of each rank meets those of the others about once a second, on a group of its own, so that ranks need not reach
-the same line of their work at the same time. No rank's wait for the others' end is longer than a second without a
-message, and a rank that is gone is noticed at once.
+the same line of their work at the same time. While a rank waits for the end of the others, messages arrive at least
+once a second, and a lost rank is noticed at once.
 """
 
 import threading
@@ -21,27 +21,27 @@ _SECONDS_BETWEEN_MEETINGS = 1.0
 
 
 class Reports(Generic[Item]):
-    """A context manager, entered by all ranks: items that any of them puts are taken on rank 0.
+    """A context manager, entered by all ranks: rank 0 takes the items that any rank puts.
 
-    Its end waits for the ends of all. Where a block or `take` fails on one rank, all raise: the same InputError, or
-    else that rank's own exception and a RuntimeError on the others.
+    Its end waits for all ranks. Where a block or `take` fails on one rank, all raise: the same InputError, or else that
+    rank's own exception and a RuntimeError on the others.
     """
 
     def __init__(self, topology: Topology, take: Callable[[Item], None]):
-        """`take` is called on rank 0 alone: there for its own items at once, for others' from a thread, never twice at
-        a time.
+        """Creates the reports. `take` is called on rank 0 only: in the calling thread for its own items, in another
+        thread for items of other ranks, never twice at a time.
         """
         self._topology, self._take = topology, take
         self._items: list[Item] = []
         self._is_over = False
         self._own_failure: Exception | None = None
         self._failure: Exception | None = None
-        """Why this rank has to end."""
+        """The failure that ends this rank, if any."""
         self._lock, self._wakes = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._meet_until_the_end, name="reports", daemon=True)
 
     def put(self, item: Item) -> None:
-        """Sends an item on its way. Raises where another rank has failed."""
+        """Queues an item for rank 0. Raises where another rank has failed."""
         self.check()
         with self._lock:
             if self._topology.rank == 0:
@@ -69,7 +69,7 @@ class Reports(Generic[Item]):
             if error is not None and error is not self._failure:
                 self._own_failure = error if isinstance(error, Exception) else RuntimeError("it was stopped")
         self._wakes.set()
-        # A rank that a signal stops leaves others a moment to bring what they have, and no more.
+        # A rank that a signal stops leaves the others a moment to bring their items, and no more.
         self._thread.join(None if error is None or isinstance(error, Exception) else 2 * _SECONDS_BETWEEN_MEETINGS)
         if error is None:
             self.check()
@@ -82,7 +82,7 @@ class Reports(Generic[Item]):
             self._failure = error
 
     def _meet(self) -> bool:
-        """Exchanges what there is; returns whether to meet again."""
+        """Exchanges the queued items, and returns whether to meet again."""
         with self._lock:
             items, self._items = self._items, []
             failure, is_over = self._own_failure, self._is_over
@@ -100,7 +100,7 @@ class Reports(Generic[Item]):
                 return False
         if self._topology.rank == 0:
             self._take_all([item for part, _, _, _ in answers for item in part])
-        # Rank 0 may have failed to take the last items, and tells so in one more meeting.
+        # Rank 0 may have failed to take the last items, and reports that in one more meeting.
         return not all(over for _, over, _, _ in answers) or any(part for part, _, _, _ in answers)
 
     def _take_all(self, items: list[Item]) -> None:

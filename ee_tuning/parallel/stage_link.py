@@ -1,4 +1,5 @@
-"""Messages between the stages of a decoder: hidden states to the next stage, decisions to all stages. Knows no exits.
+"""Messages between the stages of a decoder: hidden states to the next stage, decisions to all stages. Exits play no
+part here.
 
 Sends do not block. A stage continues after sending hidden states or a decision, and a receiver waits only when it needs
 the message. So a stage may run ahead of another by the number of messages in flight, and no more. All ranks send and
@@ -21,7 +22,7 @@ from ee_tuning.parallel.watchdog import hang_watchdog
 # t tokens · h hidden
 
 _BESIDE = 1
-"""The tag of messages that overtake decisions under way."""
+"""Tag of messages that overtake decisions in flight."""
 
 
 class StageLink:
@@ -58,8 +59,8 @@ class StageLink:
         return hidden
 
     def broadcast(self, decided: Tensor, stage: int) -> None:
-        """Overwrites `decided` on every rank with the value on the first rank of `stage`, beside decisions of that
-        stage that are under way.
+        """Overwrites `decided` on every rank with the value on the first rank of `stage`, ahead of decisions of that
+        stage that are in flight.
 
         `decided` lies on the CPU and has one shape on all ranks. The source must not write to it afterwards.
         """

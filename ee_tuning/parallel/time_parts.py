@@ -1,7 +1,7 @@
-"""Where a process spends its time: seconds by part, such as attention or waiting, while a measurement is on.
+"""Time of a process by part, such as attention or waiting, during a measurement.
 
 Functions are marked with `@part(NAME)`. A part's seconds are its own, without those of parts within it. On a GPU each
-part waits for its kernels, so that their time is counted where it belongs; a run that is measured is slower for it.
+part waits for its kernels, so that their time is counted for that part; this makes a measured run slower.
 """
 
 import functools
@@ -72,7 +72,7 @@ class TimeParts:
 
 
 _measured: TimeParts | None = None
-"""The measurement that is on in this process."""
+"""The current measurement of this process, if any."""
 
 
 def part(name: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
@@ -99,7 +99,7 @@ def count_step() -> None:
 
 @contextmanager
 def measured_parts(modules: dict[str, list[nn.Module]]) -> Iterator[TimeParts]:
-    """Measures the block. `modules` are other people's, by the name of their part."""
+    """Measures the block. `modules` are modules of other libraries, by the name of their part."""
     global _measured
     assert _measured is None, "two measurements at once"
     with ExitStack() as patches:

@@ -51,7 +51,7 @@ def time_report(folder: Path | None, topology: Topology, modules: dict[str, list
     ]
     (folder / PARTS).write_text(to_json(tree, indent=2) + "\n", encoding="utf-8")
     (folder / TRACE).write_text(to_json(_trace(ranks)) + "\n", encoding="utf-8")
-    stages = {stage: each for _, stage, each in reversed(ranks)}  # the first rank of each
+    stages = {stage: each for _, stage, each in reversed(ranks)}  # the first rank of each stage
     say("\n".join(report_lines([stages[stage] for stage in sorted(stages)])))
     say(
         f"wrote {folder / PARTS}, and {folder / TRACE}: steps {TRACED[0]} to {TRACED[-1]} of each rank, for ui.perfetto.dev"

@@ -152,11 +152,11 @@ def connection_warning(topology: Topology) -> str | None:
 
 
 def restart_warning() -> str | None:
-    """Returns a one-line warning where torchrun shall restart workers on several nodes and could not take a node back,
-    or None.
+    """Returns a one-line warning where torchrun is to restart workers on several nodes and could not readmit a node, or
+    None.
 
-    The first node publishes its store's address in the first round alone (torch 2.13 and 2.14), so that a torchrun that
-    joins a later one waits for it in vain.
+    The first node publishes its store's address in the first round only (torch 2.13 and 2.14), so a torchrun that joins
+    a later round waits for it in vain.
     """
     restarts, nodes = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), os.environ.get("GROUP_WORLD_SIZE", "1")
     if os.environ.get(_SHARES_STORE) != "True" or restarts == "0" or nodes == "1":

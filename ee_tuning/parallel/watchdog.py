@@ -75,7 +75,7 @@ def _is_of_the_group(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    """The error text, less the place in gloo's sources and its advice."""
+    """Returns the error text without the place in gloo's sources and without its advice."""
     line, _, _ = str(error).partition("\n")
     return re.sub(r"^\[[^\]]*gloo[^\]]*\] ", "", line).partition(" This is typically")[0].rstrip(".")
 

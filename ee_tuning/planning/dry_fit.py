@@ -40,7 +40,8 @@ class FitProfile:
 def profile_fit(config: Config, world_size: int) -> list[FitProfile]:
     """Profiles one rank of every stage, with as many micro-batches as wait at a time for the final states.
 
-    Returns nothing where nothing is fitted. The default of model.dtype is bfloat16. Raises InputError as `tune` would.
+    Returns an empty list where nothing is fitted. The default of model.dtype is bfloat16. Raises InputError as `tune`
+    would.
     """
     config = as_tuned(config)
     if config.exits.path is not None or config.exits.init != "fitted":

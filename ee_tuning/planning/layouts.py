@@ -1,5 +1,5 @@
-"""The layout, tensor × pipeline × data, that a cluster should have for a job: each one is planned, and the fastest that
-fits is chosen.
+"""Layouts, tensor × pipeline × data, of a job on a cluster: each one is planned, and the fastest that fits is
+chosen.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _BYTES = {"native": 2.0, "int8": 1.0, "nf4": 0.5}
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One way to lay a job out on a cluster."""
+    """A layout of a job on a cluster."""
 
     tensor: int
     pipeline: int
@@ -26,11 +26,11 @@ class Layout:
     plan: TuningPlan | None
     """None where the job has no such layout, or obviously does not fit."""
     refusal: str = ""
-    """Why there is no plan."""
+    """Reason why there is no plan."""
 
     @property
     def fits(self) -> bool:
-        """Whether it can run."""
+        """Whether the job can run in it."""
         return self.plan is not None and self.plan.fits
 
 
@@ -42,11 +42,11 @@ def layouts(
     pipeline: int | None = None,
     on_layout: Callable[[Layout], None] = lambda layout: None,
 ) -> list[Layout]:
-    """All layouts of the cluster's GPUs, those that fit first, by their hours; with these sizes of `tensor` and
-    `pipeline` alone, where given.
+    """Returns all layouts of the cluster's GPUs, those that fit first, ordered by their hours; only those with the
+    sizes `tensor` and `pipeline`, where given.
 
     Tensor parallelism stays within a node: across nodes its messages, two a layer, would take longer than the layers.
-    `on_layout` is called after each. Raises InputError where the job can not be planned at all.
+    `on_layout` is called after each layout. Raises InputError where the job can not be planned at all.
     """
     sources = shape_sources(config)
     model, parts = sources.config, parameters_by_part(sources.config)
@@ -54,7 +54,7 @@ def layouts(
     in_layers = parts["all"] - parts["embedding"] - parts["output"]
     least = (
         _BYTES.get(config.tuning.backbone_weights, 0.5) * depth * in_layers
-    )  # those behind the last exit may be left out
+    )  # layers after the last exit may be left out
     found = []
     for tp in _divisors(cluster.gpus_per_node) if tensor is None else [tensor]:
         for pp in _divisors(cluster.world_size // tp) if pipeline is None else [pipeline]:
@@ -72,7 +72,7 @@ def layouts(
 def _planned(config: Config, cluster: Cluster, tp: int, pp: int, least: float) -> Layout:
     sizes: dict[str, Any] = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
     if pp != config.parallel.pipeline_model_parallel_size:
-        sizes["pipeline_layout"] = ()  # the job's, of another number of stages
+        sizes["pipeline_layout"] = ()  # the job's own layout, for another number of stages
     data = cluster.world_size // (tp * pp)
     room = (cluster.gpu.memory - RESERVED_GB) * 1e9
     if least / (tp * pp) > room:

@@ -1,4 +1,6 @@
-"""`ee-tuning plan --cluster`: prints the layouts of a cluster, and why one is chosen, as text or as one JSON object."""
+"""`ee-tuning plan --cluster`: prints the layouts of a cluster, with the reasons for the choice, as text or as one JSON
+object.
+"""
 
 from typing import Any
 
@@ -49,7 +51,7 @@ def _tree(layout: Layout) -> dict[str, Any]:
 
 
 def _reasons(found: list[Layout]) -> list[str]:
-    """Why the first is the first."""
+    """Returns the reasons for the choice of the first layout."""
     best, fitting = found[0], [each for each in found if each.fits]
     if not fitting:
         return [

@@ -27,7 +27,7 @@ _READS_A_NUMBER = torch.ops.aten._local_scalar_dense.default
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Where the code reads a value of a tensor, it gets 1.0, 0 or False."""
+    """Tracks operations while they are dispatched. If the code reads a value of a tensor, it gets 1.0, 0 or False."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _freed(self, key: int, reference: Any) -> None:
         known = self._blocks.get(key)
-        if known is not None and known.reference is reference:  # otherwise the address has been reused
+        if known is not None and known.reference is reference:  # otherwise the address belongs to a newer tensor
             self._live[known.kind] -= self._blocks.pop(key).size
 
     def _note_traffic(self, args: Any, rounds: int) -> None:

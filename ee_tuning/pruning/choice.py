@@ -1,7 +1,7 @@
-"""Which layers to leave out: what `--drop` asks for, and the rules by which layers are chosen. Pure functions.
+"""The layers to leave out: the value of `--drop`, and the rules by which layers are chosen. Pure functions.
 
-The first layer and the last one always stay: the first turns embeddings into states, and the last makes what the final
-head reads, so that both arXiv 2403.17887 and 2403.03853 find them the costliest to lose.
+The first layer and the last one always stay: the first turns embeddings into states, and the last makes the final
+head's input. Both arXiv 2403.17887 and 2403.03853 find them the costliest to lose.
 """
 
 import re
@@ -24,11 +24,11 @@ Layers = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Drop:
-    """What `--drop` asks for: a number of layers, or layers."""
+    """The value of `--drop`: a number of layers, or layers."""
 
     count: int
     layers: Layers | None = None
-    """None where a measure chooses them."""
+    """The layers; None where a measure chooses them."""
 
 
 def read_drop(words: Sequence[str], num_layers: int) -> Drop:

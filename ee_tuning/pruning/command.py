@@ -1,4 +1,4 @@
-"""`ee-tuning prune`: leaves layers out of a model. What that costs is measured and shown before anything is written."""
+"""`ee-tuning prune`: leaves layers out of a model. The cost is measured and shown before anything is written."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -42,16 +42,16 @@ MARKS = {"hf": plain_folder.MARKS, "megatron": megatron_writer.MARKS}
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions:
-    """What `ee-tuning prune` is asked for beside the job."""
+    """Options of `ee-tuning prune` beside the job."""
 
     drop: Sequence[str]
     measure: Measure = "angular"
     num_samples: int = NUM_SAMPLES
     picture: Path = Path("prune.png")
     output: Path | None = None
-    """None: nothing is written but the picture."""
+    """Folder of the pruned model; None: only the picture is written."""
     exits_output: Path | None = None
-    """Folder of the exits that go along; by default `output` with -exits at its end."""
+    """Folder of the moved exits; by default `output` with -exits at its end."""
     model_format: str = "hf"
     overwrite: bool = False
     as_json: bool = False
@@ -118,8 +118,8 @@ def _exits_output(options: PruneOptions) -> Path:
 
 
 def layout_of(config: Config) -> ParallelSection:
-    """Returns the layout that measures: one layer is in memory at a time, so that there is nothing to cut into stages,
-    and processes beyond tensor parallelism share the samples. One process does it all.
+    """Returns the layout of the measurement: one layer is in memory at a time, so there is nothing to cut into stages,
+    and processes beyond tensor parallelism share the samples. A single process does all the work.
     """
     if world_size() == 1:
         return ParallelSection()
@@ -127,7 +127,7 @@ def layout_of(config: Config) -> ParallelSection:
 
 
 def _moved(model: ExportSource, dropped: Layers) -> MovedExits | None:
-    """Where the exits go, or None without exits. Raises InputError where they can not."""
+    """Returns the new places of the exits, or None without exits. Raises InputError where they can not be moved."""
     if model.artifact is None:
         return None
     kept = kept_layers(model.model.num_layers, dropped)

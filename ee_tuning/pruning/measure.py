@@ -1,4 +1,4 @@
-"""What leaving layers out does to a text: angles between hidden states, and the loss without the layers.
+"""The effect of leaving layers out, on a text: angles between hidden states, and the loss without the layers.
 
 Layers are streamed, and each is read once for many variants of the model: variants that have left out the same layers
 so far share their states. Replicas share the samples, and take each layer at the same time.
@@ -95,7 +95,7 @@ def _of_data(config: Config, model: ModelConfig, num_samples: int) -> HeldOutTex
 
 @dataclass(frozen=True)
 class Turns:
-    """How layers turn hidden states."""
+    """Turns of the hidden states by the layers."""
 
     distances: Tensor
     """[l + 1, l + 1] float64: the angle between the inputs of two layers at a sample's last token, over π, mean over
@@ -132,9 +132,9 @@ def measure_losses(stream: LayerStream, text: HeldOutText, variants: Sequence[La
     """
     topology = stream.topology
     own, wanted = text.part(topology.dp_rank, None, topology.dp), sorted(set(variants))
-    # What a layer takes and what it makes are there at a time.
+    # A layer's input and output are in memory at a time.
     state_bytes = 2 * own.tokens.numel() * stream.model.hidden_size * stream.dtype.itemsize
-    step = topology.broadcast_object(max(1, STATE_BYTES // state_bytes))  # replicas may have a sample more or less
+    step = topology.broadcast_object(max(1, STATE_BYTES // state_bytes))  # replicas may differ by one sample
     passes = [wanted[first : first + step] for first in range(0, len(wanted), step)]
     progress = _Progress(sum(_num_runs(each, stream.model.num_layers) for each in passes), topology)
     sums = torch.cat([_loss_sums(stream, own, each, progress) for each in passes])
@@ -169,7 +169,7 @@ def _num_runs(variants: Sequence[Layers], num_layers: int) -> int:
 def _loss_sums(
     stream: LayerStream, text: HeldOutText, variants: Sequence[Layers], progress: _Progress
 ) -> Tensor:  # [variants] float64
-    states: dict[Layers, Tensor] = {(): stream.embedded(text.tokens)}  # by what was left out so far
+    states: dict[Layers, Tensor] = {(): stream.embedded(text.tokens)}  # by the layers left out so far
     for number in range(1, stream.model.num_layers + 1):
         run, reached = stream.layer(number), dict[Layers, Tensor]()
         for variant in variants:
@@ -198,5 +198,5 @@ def _loss_sum(
 
 
 def _through(variant: Layers, number: int) -> Layers:
-    """What a variant has left out up to layer `number`."""
+    """Returns the layers that a variant has left out up to layer `number`."""
     return tuple(layer for layer in variant if layer <= number)

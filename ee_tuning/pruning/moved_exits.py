@@ -1,7 +1,7 @@
 """Exits of a model that loses layers: they keep their weights and move with the states that they read.
 
-A layer that is left out passes its input on. What an exit behind it reads is then the output of the nearest layer below
-that stays, and the exit moves there, unless that layer has an exit already.
+A layer that is left out passes its input on. An exit behind it then reads the output of the nearest layer below that
+stays, and moves there, unless that layer already has an exit.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from ee_tuning.storage.tensor_blocks import tensor_blocks
 
 @dataclass(frozen=True)
 class MovedExits:
-    """Where the exits of a model go."""
+    """New places of a model's exits."""
 
     layers: dict[int, int]
     """Exit layer of the whole model -> exit layer of the pruned one, increasing."""
@@ -39,7 +39,7 @@ def moved_exits(exits: ExitHeadsConfig, kept: Sequence[int]) -> MovedExits:
     """Returns where `exits` go in a model of the layers `kept`. Raises InputError where none can go along."""
     layers, left_out, taken = dict[int, int](), dict[int, str](), dict[int, int]()
     stays = {layer: layer in kept for layer in exits.exit_layers}
-    # Exits behind layers that stay come first; of those that meet, the one nearest to the layer.
+    # Exits behind layers that stay come first; of those with the same new place, the one nearest to the layer.
     for head in sorted(exits.heads, key=lambda head: (not stays[head.layer], head.layer)):
         new = nearest_below(kept, head.layer)
         if not stays[head.layer] and head.architecture == "mlp":

@@ -1,4 +1,4 @@
-"""The picture of `ee-tuning prune`: loss by number of layers left out, and which layers these are."""
+"""The picture of `ee-tuning prune`: loss by number of layers left out, with the layers themselves."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What `ee-tuning prune` shows before it writes anything: a table, JSON, and the card of the pruned model."""
+"""The report of `ee-tuning prune` before it writes anything: a table, JSON, and the card of the pruned model."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ MEASURE_WORDS: dict[Measure, str] = {
 
 @dataclass(frozen=True)
 class PruningRow:
-    """A number of layers, and which ones a rule leaves out."""
+    """A number of layers, and the layers that a rule leaves out."""
 
     layers: Layers
     loss: float
@@ -28,13 +28,13 @@ class PruningRow:
 
 @dataclass(frozen=True)
 class PruningReport:
-    """What was measured."""
+    """Results of the measurements, and the layers chosen by them."""
 
     model_name: str
     num_layers: int
     measure: Measure
     chosen: PruningRow
-    """The layers that go."""
+    """The layers to leave out."""
     is_listed: bool
     """Whether the user named them."""
     full_loss: float
@@ -42,14 +42,14 @@ class PruningReport:
     rows: Sequence[PruningRow]
     """The layers that `measure` leaves out: one, two, …"""
     deepest: Sequence[PruningRow]
-    """The same by the simple rule."""
+    """The layers that the simple rule leaves out, likewise."""
     num_tokens: int
-    """Tokens of the losses."""
+    """Number of tokens of the losses."""
     num_parameters: tuple[int, int]
     """Parameters of the whole model and of the pruned one."""
 
     def lines(self) -> list[str]:
-        """Returns the table and what it comes to."""
+        """Returns the table and a conclusion."""
         is_simple = self.measure == "deepest"
         head = ["dropped", "deepest but the last" if is_simple else f"by {self.measure}", "loss", "perplexity"]
         table = [["0", "", *_figures(self.full_loss), "", f"{self.full_loss:.4f}"]]

@@ -20,7 +20,7 @@ from ee_tuning.parallel.topology import Topology
 from ee_tuning.standard_streams import OutputRefused
 
 REMEDY = "make room, or choose another folder"
-"""Advice for the case that the disk refuses."""
+"""Advice in case the disk refuses."""
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Writes a folder by all processes together: each writes its share, and rank 0 completes the folder and its manifest.
 
-Every folder of this project comes about in this way: artifacts, exports and checkpoints of a run.
+Every folder of this project is written in this way: artifacts, exports and checkpoints of a run.
 """
 
 from collections.abc import Callable, Mapping

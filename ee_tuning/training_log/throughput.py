@@ -22,7 +22,7 @@ class Throughput:
         self._at = (time.perf_counter(), seconds_waited())
 
     def mark(self, *, trained: bool) -> None:
-        """Ends a time span, which was training or not."""
+        """Ends a time span, which counts as training or not."""
         former, self._at = self._at, (time.perf_counter(), self._seconds_waited())
         if trained:
             self._seconds += self._at[0] - former[0]

@@ -1,9 +1,8 @@
 """AdamW for weights of the model itself, or of LoRA's matrices beside them, over all stages.
 
-Unlike the exits, these weights have one gradient norm over all stages. Each replica keeps the rows of master weights
-and moments that are its own share (ZeRO 1, arXiv 1910.02054): gradients are summed over the replicas, each updates its
-rows, and all gather the result. Master weights, sums of gradients and moments are float32 (float64 for a float64
-backbone).
+Unlike the exits, these weights have one gradient norm over all stages. Each replica keeps its share of the rows of
+master weights and moments (ZeRO 1, arXiv 1910.02054): gradients are summed over the replicas, each updates its rows,
+and all gather the result. Master weights, sums of gradients and moments are float32 (float64 for a float64 backbone).
 """
 
 import math
@@ -21,7 +20,7 @@ from ee_tuning.storage.tensor_slice import Shard
 from ee_tuning.tuning.trained_rows import TrainedRows
 
 _BUCKET = 2**24
-"""Numbers that one collective sums, at least, where there are as many."""
+"""Fewest numbers that one collective sums, where there are as many."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class BackboneOptimizer:
         """[1]: updates, those of former runs included. Skipped steps do not count."""
         self._gradients: dict[str, Tensor] = {}
         self._frozen: dict[str, Tensor] = {}
-        """Parameter -> which of this replica's rows are frozen at present, [rows] bool, if any is."""
+        """Parameter -> mask [rows] bool of this replica's rows that are frozen at present, if any."""
         self._masters: dict[str, nn.Parameter] = {}
         for name, each in trained.items():
             each.parameter.requires_grad_()
@@ -94,7 +93,7 @@ class BackboneOptimizer:
 
     def update(self, num_tokens: float, lr: float) -> tuple[float, bool]:
         """Divides the gradients' sums by the tokens of the global batch, clips, and steps, unless the gradient is
-        implausible or of no token. All ranks of all stages call it together.
+        implausible or comes from no token. All ranks of all stages call it together.
 
         `num_tokens` are this replica's. Returns the gradient's norm before clipping, and whether the step was left out.
         """
@@ -121,7 +120,7 @@ class BackboneOptimizer:
         return norm, is_skipped
 
     def rows(self) -> Iterator[TrainedRows]:
-        """Yields this rank's rows of what a checkpoint holds, as views."""
+        """Yields this rank's rows of the tensors in a checkpoint, as views."""
         topology = self._topology
         for name, each in self._trained.items():
             assert self._adam is not None
@@ -190,7 +189,7 @@ class BackboneOptimizer:
         self._adam.step()
         for tensor, is_frozen, rows in kept:
             tensor[is_frozen] = rows
-        for state in self._adam.state.values():  # as many for weights that were frozen meanwhile
+        for state in self._adam.state.values():  # weights that were frozen meanwhile count as many updates
             state["step"].copy_(self.num_updates.squeeze(0))
         self._adam.zero_grad()
         self._publish()

@@ -45,7 +45,7 @@ class BackboneTrainer:
         """Raises InputError where tuning.trainable can not be done with these exits."""
         _check_exits(model, tuning)
         self.layer = model.config.num_layers
-        """Where the final head's figures stand among those of exits: behind the last layer."""
+        """Key of the final head's figures among those of exits: the number of layers."""
         self._model, self._tuning, self._topology = model, tuning, topology
         model.trains_backbone, model.recomputes = True, tuning.recompute_activations
         self.optimizer = BackboneOptimizer(_trained(model, tuning, topology), tuning, topology)
@@ -106,7 +106,7 @@ class BackboneTrainer:
             roots.append((loss.loss, torch.full_like(loss.loss, self._tuning.final_loss_weight)))
         if self._receives:
             roots.append((output.ends.leaving, self.relay.receive()))
-        roots = [root for root in roots if root[0].requires_grad]  # with layer_dropout, any may have nothing behind it
+        roots = [root for root in roots if root[0].requires_grad]  # with layer_dropout, a root may have no graph
         with hang_watchdog(self._topology, "the backward pass of a micro-batch (its tensor-parallel ranks take part)"):
             if roots:
                 torch.autograd.backward([x for x, _ in roots], [gradient for _, gradient in roots])
@@ -152,7 +152,7 @@ def _trained(model: EarlyExitModel, tuning: TuningSection, topology: Topology) -
         add_lora(layers, lora, config, topology)
     own, trained = dict(model.backbone.named_parameters()), {}
     for name in trained_parameters(tuning, config):
-        if name not in own:  # another stage's
+        if name not in own:  # it belongs to another stage
             continue
         shard = partial(trained_shard, name, tuning, config, topology.tp)
         is_replicated = shard(0) == shard(topology.tp - 1)

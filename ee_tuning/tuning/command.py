@@ -87,7 +87,7 @@ def _tune_within_folder(config: Config, model: ModelConfig, topology: Topology, 
 
 
 def _save(tuner: Tuner, config: Config, topology: Topology) -> None:
-    """Writes what the finished run trained."""
+    """Writes the weights that the finished run trained."""
     adapter, output, fingerprint = tuner.run_folder / ADAPTER, tuner.run_folder / EXIT_HEADS, None
     written = []
     if tuner.backbone is not None:
@@ -174,7 +174,7 @@ def convert_by_texts(config: Config, output: Path, *, overwrite: bool = False) -
 
 
 class _Texts:
-    """The texts of a job, as a conversion uses them. The list comes first, because the fit needs it."""
+    """The texts of a job, for a conversion. The list comes first, because the fit needs it."""
 
     def __init__(self, config: Config, model: ModelConfig):
         self._config, self._model = config, model
@@ -193,7 +193,7 @@ class _Texts:
 
     def _read(self, topology: Topology) -> Samples:
         if self._samples is None:
-            config = replace(self._config, tuning={"eval_iters": 0})  # a conversion validates nothing
+            config = replace(self._config, tuning={"eval_iters": 0})  # a conversion runs no validation
             self._samples = load_job_samples(config, self._model, topology).train
         return self._samples
 

@@ -165,8 +165,8 @@ class ExitTrainer:
         return losses
 
     def _parts(self, output: StageOutput) -> Iterator[StageOutput]:
-        """Yields the output for the exits that take it as it is, with its teacher; and, once the last chunk of a
-        micro-batch is there, all of it for those that attend to earlier tokens.
+        """Yields the output for the exits that take it as it is, with its teacher. With the last chunk of a
+        micro-batch, also yields the whole micro-batch for the exits that attend to earlier tokens.
         """
         output, chunk = replace(output, teacher=self._teacher(output)), output.microbatch.chunk
         if chunk.is_whole or not self._joined.layers:
@@ -215,7 +215,9 @@ class ExitTrainer:
         return Targets(labels, loss_mask, output.teacher)
 
     def _teacher(self, output: StageOutput) -> Lesson | None:
-        """Returns the teacher of a micro-batch, or None where it needs none. Call it once for each, in order."""
+        """Returns the teacher of a micro-batch, or None where it needs none. Call it once for each micro-batch, in
+        order.
+        """
         channel = self._teacher_channel
         if output.teacher is not None or channel is None or not channel.serves(output.microbatch.is_training):
             return output.teacher

@@ -36,7 +36,7 @@ class OtherFit:
         share, states = (other - total).exp(), final.double()
         self._sums += (states * (counts * share * (1 - share))[:, None]).T @ torch.cat((states, other[:, None]), dim=1)
 
-    def row(self) -> Tensor:  # [h] float64, on the CPU; of meaning on the writer of the last stage
+    def row(self) -> Tensor:  # [h] float64, on the CPU; valid on the writer of the last stage
         """Sums over replicas and solves. All ranks of the last stage call it."""
         topology, sums = self._topology, self._sums.cpu()
         if topology.tp_rank:

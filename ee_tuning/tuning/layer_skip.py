@@ -1,4 +1,4 @@
-"""LayerSkip's recipe (arXiv 2404.16710, section 4.1): layers that are left out at random, and exits trained in turn."""
+"""LayerSkip's recipe (arXiv 2404.16710, section 4.1): layers are left out at random, and exits are trained in turn."""
 
 import math
 import random
@@ -26,7 +26,7 @@ def dropped_layers(
 ) -> frozenset[int]:
     """Returns the layers that a micro-batch of a replica leaves out, the same on all ranks of all stages.
 
-    A layer whose inside an `mlp` exit reads is never among them. Validations leave out none.
+    A layer with an `mlp` exit, which reads its inner states, is never left out. Validations leave out no layer.
     """
     if not tuning.layer_dropout or not microbatch.is_training:
         return frozenset()

@@ -133,7 +133,7 @@ class ExitOptimizer:
         return cut, replicated
 
     def update(self, square_sum: float, scale: float, lr: float) -> tuple[float, bool]:
-        """Scales the gradient, clips and steps, unless the gradient is implausible or of no token.
+        """Scales the gradient, clips and steps, unless the gradient is implausible or comes from no token.
 
         Returns the gradient's norm before clipping, and whether the step was taken.
         """

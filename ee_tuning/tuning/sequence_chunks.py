@@ -1,5 +1,5 @@
-"""Sequences that go down the relay in chunks, each like a micro-batch: what attention needs of earlier chunks, and
-chunks joined again for exit heads that attend.
+"""Sequences in chunks, each of which goes down the relay like a micro-batch: keys and values of earlier chunks for
+attention, and chunks joined again for exit heads that attend.
 
 A message is a chunk, so a stage begins when the first chunk is there, and messages are as small as chunks. The order of
 chunks is the same on every stage, as that of micro-batches is.
@@ -20,7 +20,7 @@ from ee_tuning.model.sequence_chunk import KeyValueCache, SequenceChunk
 
 
 def documents_of(chunk: BatchChunk, cache: KeyValueCache, device: torch.device) -> PackedDocuments | None:
-    """Returns what attention needs beside the tokens: documents, and in `cache` the earlier chunks of the rows."""
+    """Returns the inputs of attention beside the tokens: documents and, in `cache`, the earlier chunks of the rows."""
     batch = chunk.batch
     if chunk.is_whole:
         return PackedDocuments.of(batch.document_ids, batch.position_ids, device)
@@ -39,7 +39,7 @@ class JoinedChunks:
     """The chunks of a micro-batch, joined for the exit heads of this stage that attend to earlier tokens.
 
     Such a head has weights to train in its attention, so its gradient goes through the keys and values of all chunks:
-    it takes whole rows. The states that it reads are kept until the last chunk is there.
+    it takes whole rows. The states that it reads are kept until the last chunk has arrived.
     """
 
     def __init__(self, model: EarlyExitModel) -> None:
@@ -66,7 +66,7 @@ class JoinedChunks:
         """Adds a chunk: the inputs of the heads, and tensors `beside` them of all ranks' tokens, [c · b, …] or
         [c, b, …].
 
-        Returns both for whole rows once the last chunk is there.
+        Returns both for whole rows with the last chunk.
         """
         for layer in self.layers:
             self._add_states(chunk, layer, inputs[layer].hidden)
@@ -85,8 +85,8 @@ class JoinedChunks:
         return whole
 
     def _add_states(self, chunk: BatchChunk, layer: int, states: Tensor) -> None:  # [c, b, n]
-        """Stores this rank's tokens. Where the sequence is cut, its part of a chunk is another one than its part of the
-        row.
+        """Stores this rank's tokens. Where the sequence is cut, the rank's part of a chunk differs from the chunk's
+        tokens in its part of the row.
         """
         states, topology = self._model.whole_sequence(states), self._model.topology
         size = chunk.shape[1] // (topology.tp if self._model.plan.cuts_sequence else 1)

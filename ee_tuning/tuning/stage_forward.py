@@ -27,7 +27,7 @@ from ee_tuning.tuning.teacher_model import TeacherModel
 
 
 class LayerEnds(NamedTuple):
-    """What entered this stage's layers and what left them, where the model is trained."""
+    """Input and output of this stage's layers, where the model is trained."""
 
     entering: Tensor
     """[s, b, h]: a leaf of the graph through the layers where the stage before needs its gradient."""
@@ -119,9 +119,9 @@ class StageForward:
 
 
 class _Entering(NamedTuple):
-    """What enters this stage's layers."""
+    """Input of this stage's layers."""
 
     hidden: Tensor
     aux: dict[int, Tensor]
     teacher_hidden: Tensor | None
-    """[s, b, ht]: the same of the teacher model."""
+    """[s, b, ht]: input of the teacher model's layers."""

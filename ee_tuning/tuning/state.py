@@ -43,7 +43,7 @@ _REMEDY = "write the name of another folder of checkpoints/ into checkpoints/lat
 
 @dataclass(frozen=True)
 class Trained:
-    """What this stage trains."""
+    """The trained parts of this stage."""
 
     exits: list[ExitOptimizer]
     backbone: BackboneOptimizer | None

@@ -1,6 +1,6 @@
 """A second, frozen model as the teacher of the final head (tuning.teacher_model), cut into stages of its own.
 
-Its hidden states go down the relay beside those of the model that is trained: both lie in one message.
+Its hidden states go down the relay beside those of the trained model, in the same messages.
 """
 
 # s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h, ht hidden sizes of both

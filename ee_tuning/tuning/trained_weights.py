@@ -1,6 +1,6 @@
-"""Writes what a run trained of the model: LoRA's matrices as peft saves them, or whole tensors.
+"""Writes the model's weights that a run trained: LoRA's matrices as peft saves them, or whole tensors.
 
-Either folder is given to other commands as --adapter, which put it over the model that it was trained for.
+Either folder is given to other commands as --adapter, which apply it to the model that it was trained for.
 """
 
 from collections.abc import Iterable

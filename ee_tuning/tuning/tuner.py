@@ -118,7 +118,7 @@ class Tuner:
             self._model, relay, self.topology, teacher_channel, self._teacher_model, self._dropped
         )
         schedule = MicrobatchSchedule(self._source, self._validation, self.tuning)
-        # The validation before the first step, or one that a stop left out.
+        # The validation before the first step, or one that was not run before a stop.
         validates_first = schedule.validates_after(self.step) and self._trainer.validated_step != self.step
         queue: deque[StageOutput] = deque()  # micro-batches that wait for their teacher signal
         saver = Saver(self._trained(), self._model.config, self.tuning, self.topology)
@@ -191,7 +191,9 @@ class Tuner:
         return TeacherChannel(self._model, self.topology, self.tuning, plan, stages)
 
     def save_trained_weights(self, output: Path) -> str:
-        """Writes what was trained of the model. Returns the fingerprint of the model with it. All ranks call it."""
+        """Writes the trained weights of the model. Returns the fingerprint of the model with them. All ranks
+        call it.
+        """
         assert self.backbone is not None
         config, tensors = self.config, whole_backbone_tensors(self.backbone.optimizer, self.topology)
         facts = {"trainable": self.tuning.trainable, "model_fingerprint": self.exits_config.model_fingerprint}
@@ -222,7 +224,7 @@ class Tuner:
         )
 
     def _facts(self) -> dict[str, Any]:
-        """Returns what an output says of the run."""
+        """Returns the facts about the run for its outputs."""
         settings = ["global_batch_size", "seq_length", "lr", "min_lr", "lr_decay_style", "backbone_weights", "seed"]
         settings += ["ttt_steps"] if self.exits_config.draft is not None else []
         settings += ["trainable"] if self.backbone else []

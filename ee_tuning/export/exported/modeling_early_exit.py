@@ -1,11 +1,11 @@
-"""Causal language models with early exits: a token may leave the network at an intermediate layer that is sure enough
-of it.
+"""Causal language models with early exits: a token may leave the network at an intermediate layer whose exit is
+confident enough.
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).generate(**inputs, exit_threshold=0.8)
 
 This file stands alone: it needs torch, transformers 5 and safetensors. The exit heads are in the files that config.json
 lists under `early_exit`, beside the model's own `model*.safetensors`; transformers' own class reads the same folder and
-knows nothing of them.
+ignores them.
 
 A token that leaves early lacks keys and values in the deeper layers. Its hidden state waits at their entrance and runs
 with the next token of its row that goes deeper, as a causal block: shallow layers never run twice, and the caches end
@@ -44,8 +44,8 @@ class EarlyExitOutput(ModelOutput):
 
 
 class LayerStates(NamedTuple):
-    """What a layer leaves for a head: its output, the residual after its attention, that normed, what a layer of the
-    head's own made.
+    """States of a layer for its head: the layer's output, the residual after its attention, that residual normed, and
+    the output of the head's own layer.
     """
 
     hidden: Tensor
@@ -67,10 +67,10 @@ class ExitHead(nn.Module):
         self.size, listed = config.vocab_size, config.early_exit.get("token_ids")
         self.said = (
             torch.tensor([*listed, self.size]) if listed else None
-        )  # by the rows of its output matrix; last any other token
+        )  # by the rows of its output matrix; the last stands for any other token
         with torch.device(
             "meta"
-        ):  # a layer as the model's last one, which lends its code; a transformer layer of the head's own has
+        ):  # a layer like the model's last one, which lends its code; a head's own transformer layer has
             layer = type(layers[-1])(
                 config, layer_idx=len(layers) - 1
             ).eval()  # keys and values of its own, under a number of its own
@@ -94,7 +94,7 @@ class ExitHead(nn.Module):
         }
 
     def run(self, part: str, x: Tensor, **more: Any) -> Tensor:
-        """A part of the head, on `x`; `x` itself where the head has no such part."""
+        """Applies a part of the head to `x`; returns `x` where the head has no such part."""
         weights = self.tensors(part)
         return (
             torch.func.functional_call(self.code[part], weights, (x.to(next(iter(weights.values())).device),), more)
@@ -103,8 +103,8 @@ class ExitHead(nn.Module):
         )
 
     def forward(self, seen: LayerStates, lm_head: nn.Module) -> Tensor:  # […, v + 1]
-        """Logits, the last of any token that the head can not say. `lm_head` is the model's output matrix, for heads
-        that have none.
+        """Returns logits, the last one of any token that the head can not predict. `lm_head` is the model's output
+        matrix, for heads without one.
         """
         x, w = seen.own, self.tensors()
         if "adapter.down.weight" in w:
@@ -131,12 +131,12 @@ class ExitHead(nn.Module):
 
 
 class _WithExits:
-    """What is added to a class of transformers; `forward` is its own."""
+    """Methods that are added to a class of transformers; `forward` is that class's own."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Loads the model as transformers does, and then the exit heads."""
-        # Unsaid, transformers asks on standard input whether to run what else lies in the folder.
+        # Without an explicit value, transformers asks on standard input whether to run other code in the folder.
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.load_exits(pretrained_model_name_or_path, **{key: kwargs[key] for key in _WHERE if key in kwargs})
@@ -200,8 +200,8 @@ class _WithExits:
 
     @torch.no_grad()
     def exit_logits(self, input_ids: Tensor) -> dict[int, Tensor]:  # [r, s] -> layer -> [r, s, v]
-        """Logits of every exit (-inf of what it can not say) and, under the number of layers, of the model's own head,
-        of whole rows.
+        """Returns the logits of whole rows by every exit (-inf for tokens that it can not predict) and, under the
+        number of layers, by the model's own head.
         """
         walk = _Walk(self, input_ids.tolist(), max_pending=1)
         return {
@@ -226,7 +226,7 @@ def _decode(
     streamer: Any = None,
     **prepared: Any,
 ) -> Any:
-    """The decoding loop that transformers' `generate` calls once it has prepared everything else."""
+    """Runs the decoding loop; transformers' `generate` calls it after its preparations."""
     if generation_config.num_beams > 1:
         raise ValueError(
             f"exit_threshold goes with greedy decoding and sampling, not with num_beams={generation_config.num_beams}"
@@ -250,7 +250,7 @@ def _decode(
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
         _ = streamer and streamer.put(tokens.cpu())
         for row, token in zip(walk.tokens, tokens.tolist(), strict=True):
-            row.append(token)  # what a row gets after its end is never run
+            row.append(token)  # a row is not run after its end
         unfinished = unfinished & ~stopping_criteria(input_ids, scores)
     _ = streamer and streamer.end()
     exit_layers = torch.tensor(layers, device=device).T
@@ -262,7 +262,9 @@ def _decode(
 
 
 class _Walk:
-    """Rows on their way through the segments that the exits cut the network into; who waits where, and the caches."""
+    """Rows on their way through the segments between exits, with the pending states in front of each segment, and the
+    caches.
+    """
 
     def __init__(self, model: Any, prompts: list[list[int]], max_pending: int):
         if model.config._attn_implementation not in ("sdpa", "eager"):
@@ -275,24 +277,24 @@ class _Walk:
         self.model, self.tokens, self.max_pending, self.cache = model, prompts, max_pending, _Cache(len(prompts))
         depth = len(_layers_of(model))
         self.ends = [*sorted(int(layer) for layer in model.exits if int(layer) < depth), depth]
-        # Per segment and row: how many tokens have their keys and values there, and the hidden states [k, h] that wait
+        # Per segment and row: the number of tokens with keys and values there, and the hidden states [k, h] that wait
         # at its entrance.
         self.watermarks = [[0] * len(prompts) for _ in self.ends]
         self.waiting: list[list[list[Tensor]]] = [[[] for _ in prompts] for _ in self.ends]
 
-    def pending(self, index: int, row: int) -> int:  # tokens waiting at the entrance
+    def pending(self, index: int, row: int) -> int:  # tokens that wait at the entrance
         return (self.watermarks[index - 1][row] if index else len(self.tokens[row])) - self.watermarks[index][row]
 
     def step(
         self, rows: list[int], threshold: float
     ) -> tuple[Tensor, list[int]]:  # [all rows, v], the layer each left at
-        """The next token's logits of `rows`; zeros and layer 0 for the others."""
+        """Returns the next token's logits of `rows`; zeros and layer 0 for the others."""
         reads_prompt = self.watermarks[0][rows[0]] == 0
         logits, left, going, last = None, [0] * len(self.tokens), list(rows), len(self.ends) - 1
         for index, end in enumerate(self.ends):
             if not going:
                 break
-            # Rows that left wait here with their states: they ride along, for the weights are read anyway.
+            # Rows that left wait here with their states. They run along, since the weights are read anyway.
             running = [row for row in rows if self.pending(index, row)]
             seen, lengths = self.run(index, running)
             if reads_prompt and index < last:
@@ -313,7 +315,9 @@ class _Walk:
         return logits, left
 
     def judge(self, index: int, seen: LayerStates) -> Tensor:  # […, v + 1], at least float32
-        """What the exit at the end of a segment says, or the model's own head at the very end, as ExitHead."""
+        """Returns the logits of the exit at the end of a segment or, at the very end, of the model's own head, as
+        ExitHead does.
+        """
         if index == len(self.ends) - 1:
             norm = self.model.base_model.ln_f if hasattr(self.model.base_model, "ln_f") else self.model.base_model.norm
             logits = F.pad(self.model.lm_head(norm(seen.hidden)), (0, 1), value=-torch.inf)
@@ -322,8 +326,8 @@ class _Walk:
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def run(self, index: int, rows: list[int]) -> tuple[LayerStates, Tensor]:  # states [r, q, h], lengths [r]
-        """One pass of the rows' pending tokens through a segment. Shorter rows repeat their last token, which changes
-        nothing.
+        """Runs the rows' pending tokens through a segment in one pass. Shorter rows repeat their last token, which
+        changes nothing.
         """
         starts, counts = [self.watermarks[index][row] for row in rows], [self.pending(index, row) for row in rows]
         base, device = self.model.base_model, self.model.get_input_embeddings().weight.device
@@ -388,12 +392,12 @@ class _Cache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def aim(self, rows: list[int], positions: Tensor, end: int) -> None:
-        """The next pass brings these rows' tokens at `positions` [r, q] and sees the first `end` of them all."""
+        """Prepares the next pass: these rows' tokens stand at `positions` [r, q], and see the first `end` positions."""
         self.rows, self.positions, self.end = torch.tensor(rows, device=positions.device), positions, end
         self.is_all = len(rows) == self.num_rows
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Stores [r, g, q, d] and returns [r, g, c, d]: the call that transformers' attention makes."""
+        """Stores [r, g, q, d] and returns [r, g, c, d]: the method that transformers' attention calls."""
         stored = self._room(layer_idx, keys)
         rows, positions = self.rows.to(keys.device), self.positions.to(keys.device)
         for whole, new in zip(stored, (keys, values), strict=True):
@@ -403,7 +407,7 @@ class _Cache:
     def _room(self, layer_idx: int, keys: Tensor) -> tuple[Tensor, Tensor]:
         old = self.layers.get(layer_idx) or (keys.new_zeros(self.num_rows, keys.shape[1], 0, keys.shape[3]),) * 2
         if (missing := self.end - old[0].shape[2]) > 0:
-            # Zeros, not empty: a masked place is multiplied by weight 0, which a stray NaN would survive.
+            # Zeros, not empty: a masked place is multiplied by weight 0, and a stray NaN would survive that.
             more = keys.new_zeros(self.num_rows, keys.shape[1], -(-missing // _CACHE_STEP) * _CACHE_STEP, keys.shape[3])
             self.layers[layer_idx] = (torch.cat((old[0], more), 2), torch.cat((old[1], more), 2))
         return self.layers[layer_idx]
