@@ -1,13 +1,13 @@
-"""Memory and speed of conversion and export, on a synthetic model of 3B parameters that is made and removed here.
+"""Memory and speed of conversion and export, on a synthetic model of 3B parameters, which is created and removed here.
 
     python benchmarks/conversion.py                       # all of it; needs about 30 GB of disk for some minutes
     python benchmarks/conversion.py --only convert --folder /data/tmp --keep
 
-Each job runs in processes of its own, alternating with `cp -r` of the very files that it wrote, caches warm and
-everything written before flushed; the tables say the medians. Time is that of the job itself, imports and process
-groups left out. The job ends when its bytes are on the disk (fsync), `cp` alone when they are in the system's cache:
-both are told. Memory is the highest VmHWM of any of the processes (file-backed pages included). The claim: at most 1.5
-× the largest group of tensors (a layer, the embedding, the output matrix) + 1 GB.
+Each job runs in its own processes, alternating with `cp -r` of the files that it wrote, with warm caches and all
+earlier writes flushed; the tables show medians. Time is that of the job itself, imports and process groups left out.
+The job ends when its bytes are on the disk (fsync), `cp` alone when they are in the system's cache: both times are
+given. Memory is the highest VmHWM of any of the processes (file-backed pages included). The claim: at most 1.5 × the
+largest group of tensors (a layer, the embedding, the output matrix) + 1 GB.
 """
 
 import argparse
@@ -61,7 +61,7 @@ class Timing:
     peak: int
     """VmHWM, bytes."""
     file_backed: int
-    """Of the resident memory, the most that was mapped files."""
+    """Mapped files in the resident memory, at most, in bytes."""
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def main() -> None:
         return
     work = (
         options.folder / f"ee-tuning-conversion-{options.layers}-layers"
-    )  # one that was kept is measured again, and no other for it
+    )  # a kept model is reused for the same number of layers only
     try:
         prepare(work, options.layers)
         report(work, options)
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def prepare(work: Path, num_layers: int) -> None:
-    """The model, its exits, and a Megatron checkpoint of it, where they are not there yet."""
+    """Creates the model, its exits, and a Megatron checkpoint of it, unless they exist."""
     needed = 30 * 10**9 * num_layers // SHAPE["num_hidden_layers"]
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "model" / "config.json").exists():
@@ -109,7 +109,7 @@ def prepare(work: Path, num_layers: int) -> None:
 
 
 def write_model(folder: Path, shape: dict[str, Any]) -> None:
-    """Weights from one block of random numbers over and over: what they are matters to no byte's way."""
+    """Writes weights that repeat one block of random numbers: their values do not affect the costs."""
     folder.mkdir()
     torch.manual_seed(0)
     block = (torch.randn(8 << 20) * 0.02).bfloat16()
@@ -127,7 +127,7 @@ def write_model(folder: Path, shape: dict[str, Any]) -> None:
 
 
 def report(work: Path, options: argparse.Namespace) -> None:
-    """Alternates the jobs with `cp`."""
+    """Alternates the jobs with `cp`, and prints the table."""
     facts = model_facts(work / "model")
     limit = FACTOR * facts["largest_group_bytes"] + CONSTANT
     print(
@@ -158,7 +158,7 @@ def report(work: Path, options: argparse.Namespace) -> None:
 
 
 def compare(job: str, work: Path, processes: int, rounds: int) -> tuple[list[Timing], list[float], list[float], int]:
-    """Runs of the job; seconds of `cp`, and of `cp` with fsync, of what it wrote; and how much that is."""
+    """Returns runs of the job; seconds of `cp`, and of `cp` with fsync, for its output; and the size of the output."""
     runs, copies, synced, size = [], [], [], 0
     output, copy = work / "output", work / "copy"
     for _ in range(rounds):
@@ -166,7 +166,7 @@ def compare(job: str, work: Path, processes: int, rounds: int) -> tuple[list[Tim
         runs.append(measured(job, work, output, processes))
         size = sum(path.stat().st_size for path in output.iterdir())
         os.sync()
-        read_once([output])  # as the job's sources were: a job may write past the system's cache
+        read_once([output])  # as for the job's sources: a job may bypass the system's cache when it writes
         since = time.perf_counter()
         subprocess.run(["cp", "-r", str(output), str(copy)], check=True)
         copies.append(time.perf_counter() - since)
@@ -178,8 +178,8 @@ def compare(job: str, work: Path, processes: int, rounds: int) -> tuple[list[Tim
 
 
 def measured(job: str, work: Path, output: Path, processes: int) -> Timing:
-    """One run, in new processes, what it reads being in the system's cache: the slowest one's time, the largest one's
-    memory.
+    """Runs the job once, in new processes, with its inputs in the system's cache. Returns the slowest process's time
+    and the largest one's memory.
     """
     os.sync()
     read_once([work / "megatron"] if job == "megatron to hf" else [work / "model", work / "exits"])
@@ -199,7 +199,7 @@ def measured(job: str, work: Path, output: Path, processes: int) -> Timing:
 
 
 def read_once(folders: list[Path]) -> None:
-    """Has the system keep their files in its cache."""
+    """Reads the files once, so that the system keeps them in its cache."""
     for path in [each for folder in folders for each in folder.glob("*")]:
         with path.open("rb") as file:
             while file.read(16 << 20):
@@ -207,7 +207,7 @@ def read_once(folders: list[Path]) -> None:
 
 
 def run_job(job: str, output: str, results: str) -> None:
-    """In each process of a run: the job, and what it took."""
+    """Runs the job in each process, and writes its costs."""
     import threading
 
     from ee_tuning.artifact.convert import write_initial_exits
@@ -254,7 +254,7 @@ def run_job(job: str, output: str, results: str) -> None:
 
 
 def memory(key: str) -> int:
-    """A figure of /proc/self/status, bytes."""
+    """Returns a figure of /proc/self/status in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024
 

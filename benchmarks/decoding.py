@@ -5,13 +5,13 @@ their depth implies.
     python benchmarks/decoding.py --only 300M --new-tokens 24 --rounds 2 --threads 1 --json decoding.json
 
 For the shipped model and random ones of about 30M and 300M parameters, at batch 1 and 8. In every round each way of
-decoding takes its turn, so that a slow moment of the machine falls on all alike; a ratio is the median over rounds of
-the round's own ratio. Times are of whole generations, greedy, the same number of new tokens: ours from text to text,
+decoding runs once, so that a slow moment of the machine affects all alike; a ratio is the median over rounds of the
+round's own ratio. Times are of whole generations, greedy, the same number of new tokens: ours from text to text,
 transformers' from ids to ids, by its faster cache.
 
 What depth implies is computed from the engine's own layers and heads, called bare in the same round (decoding_bare.py):
-every layer that a token ran through and every head that it was asked by, the vain ones too. At batch 8 rows that leave
-save that share of a step.
+every layer that a token ran through and every head that was asked about it, also without success. At batch 8 rows that
+leave save that share of a step.
 """
 
 import argparse
@@ -69,7 +69,7 @@ class Result:
     """Tokens per second of whole generations, all sequences together, medians over the rounds."""
     mean_depth: float = 0.0
     agreement: float = 0.0
-    """Share of threshold's tokens that the full model would have said after the same prefix."""
+    """Share of the threshold policy's tokens that the full model predicts after the same prefix."""
     claims: list[Claim] = field(default_factory=list)
 
 
@@ -120,7 +120,7 @@ def _folders(model: str, options: argparse.Namespace, folder: Path) -> Folders:
 
 
 def measure(name: str, llm: EarlyExitLLM, theirs: Theirs, batch: int, new_tokens: int, num_rounds: int) -> Result:
-    """All figures of one model and batch size. Fixed exits at batch 1 alone."""
+    """Measures one model at one batch size. Fixed exits are measured at batch 1 only."""
     prompts = held_out_prompts(batch, PROMPT_BYTES)
     ids = [llm.encode(prompt) for prompt in prompts]
     ours: dict[str, dict[str, Any]] = {
@@ -150,7 +150,7 @@ def measure(name: str, llm: EarlyExitLLM, theirs: Theirs, batch: int, new_tokens
 
 
 def _generate(llm: EarlyExitLLM, prompts: list[str], choice: dict[str, Any], new_tokens: int) -> Any:
-    # Every generation reads its prompts: transformers keeps nothing of them either.
+    # Every generation reads its prompts again, because transformers keeps nothing of them.
     return llm.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True, reuse_prefixes=False, **choice)
 
 

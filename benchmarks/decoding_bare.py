@@ -1,9 +1,9 @@
-"""What depth alone costs: the engine's own layers and heads called one after the other, with nothing of an engine
-around them.
+"""The cost of depth alone: the engine's own layers and heads called one after the other, without the rest of the
+engine.
 
 From their times come the speed-ups that decoding is held against: `fixed`, by the layers that run and the head behind
-them, and `threshold`, by the layers that each token ran through and every head that it was asked by on the way, the
-vain ones too.
+them, and `threshold`, by the layers that each token ran through and every head that was asked about it, also without
+success.
 """
 
 import time
@@ -28,19 +28,19 @@ class BareTimes:
     """Seconds of the parts of a generation: segment i ends at exit i, the last one at the last layer."""
 
     prefill: list[float]
-    """Per segment, the prompts."""
+    """Per segment, seconds of the prompts."""
     decode: list[float]
-    """Per segment, a step of one token a sequence."""
+    """Per segment, seconds of a step of one token per sequence."""
     heads: list[float]
-    """Per exit, a step's tokens asked there; the final head at the end."""
+    """Per exit, seconds of its head for the tokens of a step; the final head's come last."""
     num_steps: int
 
     def full(self) -> float:
-        """A generation at full depth."""
+        """Returns the seconds of a generation at full depth."""
         return sum(self.prefill) + self.heads[-1] + self.num_steps * (sum(self.decode) + self.heads[-1])
 
     def fixed(self, exit_index: int) -> float:
-        """A generation whose tokens all leave at an exit."""
+        """Returns the seconds of a generation whose tokens all leave at an exit."""
         upto = exit_index + 1
         return (
             sum(self.prefill[:upto])
@@ -49,8 +49,9 @@ class BareTimes:
         )
 
     def implied(self, exit_layers: list[int], places: list[int]) -> float:
-        """A generation whose tokens left at `exit_layers`, exits behind the layers `places`: each decoded token costs
-        its layers and all heads up to the one it left at, a full step's share of both.
+        """Returns the seconds of a generation whose tokens left at `exit_layers`, with exits behind the layers
+        `places`: each decoded token costs its layers, and all heads up to the one that it left at, as its share of a
+        full step.
         """
         total, left = sum(self.prefill) + self.heads[-1], Counter(exit_layers)
         num_tokens = sum(left.values())
@@ -63,7 +64,7 @@ class BareTimes:
 
 @torch.inference_mode()
 def bare_times(llm: EarlyExitLLM, prompt_length: int, new_tokens: int, num_rows: int) -> BareTimes:
-    """Of a batch of `num_rows` prompts of one length."""
+    """Times a batch of `num_rows` prompts of one length."""
     engine = Engine(llm.model, llm.stages, num_slots=num_rows, max_length=prompt_length + new_tokens)
     num_steps = new_tokens - 1
     sampled = sorted({i * num_steps // SAMPLED_STEPS for i in range(SAMPLED_STEPS)})
@@ -76,7 +77,9 @@ def bare_times(llm: EarlyExitLLM, prompt_length: int, new_tokens: int, num_rows:
 
 
 def _one_pass(engine: Engine, num_rows: int, start: int, length: int) -> tuple[list[float], list[float]]:
-    """Seconds of each segment on `length` tokens a row behind `start` others, and of each head on the last ones."""
+    """Returns the seconds of each segment on `length` tokens a row behind `start` others, and of each head on the last
+    ones.
+    """
     runner, model, config = engine.stage, engine.model, engine.model.config
     hidden = torch.ones(num_rows * length, config.hidden_size, dtype=model.plan.dtype)
     each = engine.cache.pool.num_blocks // num_rows

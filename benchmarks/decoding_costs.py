@@ -1,10 +1,10 @@
-"""What a token costs at an exit, what a question asked in vain, catching up and a round of drafts cost: measured, and
-told from bytes read.
+"""The costs of a token that leaves at an exit, of asking an exit in vain, of catching up and of a round of drafts:
+measured, and predicted from the bytes read.
 
     python benchmarks/decoding_costs.py --model SmolLM2-135M-Instruct --exits runs/smol/exit_heads --exit-layer 22
 
-All as shares of a token at full depth in the same run. Told from bytes: each way reads the weights of the layers and
-heads that it runs, and costs in proportion. Measured are whole generations, the prompt left out.
+All costs are shares of a token at full depth in the same run. The prediction from bytes: each way reads the weights of
+the layers and heads that it runs, and costs in proportion. Whole generations are measured, without the prompt.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _ways(llm: EarlyExitLLM, options: argparse.Namespace) -> list[tuple[str, float, Callable[[], float]]]:
-    """(name, share of full depth by bytes, seconds)"""
+    """Returns (name, share of full depth by bytes, seconds) of each way."""
     layer, exits = options.exit_layer, llm.exit_layers
     engine = Engine(llm.model, llm.stages, num_slots=1, max_length=256)
     ids = llm.encode(PROMPT)
@@ -116,7 +116,7 @@ def _ways(llm: EarlyExitLLM, options: argparse.Namespace) -> list[tuple[str, flo
 
 
 class AlwaysDrafts(Speculation):
-    """As many drafts of one exit in every round."""
+    """Drafts a fixed number of tokens by one exit in every round."""
 
     def __init__(self, engine: Engine, layer: int, count: int):
         super().__init__(expected_costs(engine.stage), engine.segments)
@@ -128,7 +128,7 @@ class AlwaysDrafts(Speculation):
 
 
 def _bytes(llm: EarlyExitLLM) -> tuple[dict[int, int], int, int]:
-    """Numbers read by each exit's head, by the final head, and by a layer."""
+    """Returns the numbers read by each exit's head, by the final head, and by a layer."""
     model = llm.model
     heads = {
         layer: sum(p.numel() for p in head.parameters())

@@ -1,5 +1,5 @@
-"""Decoding on a GPU: how near it comes to reading each weight once a step, by every policy and batch, with CUDA graphs
-and without.
+"""Decoding on a GPU, compared with reading each weight once per step, for every policy and batch, with CUDA graphs and
+without.
 
     python benchmarks/decoding_gpu.py --json decoding_gpu.json --profile profile.txt
     python benchmarks/decoding_gpu.py --batches 1 --layers 4 --hidden 64 --inner 128 --heads 4 --vocab 300 --exits 1 2
@@ -44,11 +44,11 @@ from ee_tuning.sampling.policy import FULL, Policy
 
 COPIED_BYTES = 2**30
 SWITCHED = {"yes": "1", "no": "0", "fused": "fused"}
-"""What the environment says."""
+"""Value of --graphs -> value of the environment variable."""
 GOALS = {"full": 0.80, "fixed": 0.75}
-"""Share of the limit at batch 1."""
+"""Share of the limit to reach at batch 1."""
 QUIET = 0.02
-"""What layers behind the first exit add to the states, to that of others."""
+"""Size of the contribution of layers behind the first exit to the states, relative to that of the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Row:
     mean_depth: float
     ms_per_step: float
     share_of_limit: float | None
-    """At batch 1, of policies whose depth is always the same."""
+    """At batch 1, for policies of constant depth."""
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; sizes are those of a 7B by default."""
+    """Parses the command line; the default sizes are those of a 7B."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, size in (
         ("layers", 32),
@@ -118,7 +118,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def random_llama(options: argparse.Namespace, topology: Topology) -> EarlyExitModel:
-    """The model that `options` describe, drawn on the device."""
+    """Builds the model that `options` describe, drawn on the device."""
     config = ModelConfig(
         num_layers=options.layers,
         hidden_size=options.hidden,
@@ -154,7 +154,7 @@ def random_llama(options: argparse.Namespace, topology: Topology) -> EarlyExitMo
             else:
                 parameter.normal_(0, 1 / parameter.shape[1] ** 0.5, generator=draw)
         model.backbone.embedding.word_embeddings.weight.normal_(0, 1, generator=draw)
-        output.mul_(5)  # likeliest tokens that stand out
+        output.mul_(5)  # makes the likeliest tokens stand out
         for number in range(options.exits[0] + 1, options.layers + 1):
             layer = model.backbone.layer(number)
             layer.self_attention.linear_proj.weight.mul_(QUIET)
@@ -165,7 +165,7 @@ def random_llama(options: argparse.Namespace, topology: Topology) -> EarlyExitMo
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written."""
+    """Returns bytes per second, read and written."""
     source = torch.empty(
         COPIED_BYTES if device.type == "cuda" else COPIED_BYTES // 16, dtype=torch.uint8, device=device
     )
@@ -186,7 +186,7 @@ def _wait(device: torch.device) -> None:
 
 
 def policies_of(model: EarlyExitModel, options: argparse.Namespace) -> dict[str, Policy]:
-    """By name; what a threshold has to be is measured."""
+    """Returns the policies by name; the threshold is measured."""
     first = options.exits[0]
     with graphs_as("yes"):
         confidences = [step.confidence for step in decode(model, 1, Policy(fixed_exit=first), options)[0]]
@@ -202,7 +202,7 @@ def policies_of(model: EarlyExitModel, options: argparse.Namespace) -> dict[str,
 
 @contextmanager
 def graphs_as(kind: str) -> Iterator[None]:
-    """Engines that are made within it record so: yes, no or fused."""
+    """Sets the graphs of engines that are created within the block: yes, no or fused."""
     before = os.environ.get(graphs.SWITCH)
     os.environ[graphs.SWITCH] = SWITCHED[kind]
     try:
@@ -215,7 +215,7 @@ def graphs_as(kind: str) -> Iterator[None]:
 
 
 def made_engine(model: EarlyExitModel, batch: int, options: argparse.Namespace) -> Engine:
-    """For `batch` sequences, which share nothing."""
+    """Returns an engine for `batch` sequences, which share nothing."""
     return Engine(
         model,
         [(1, options.layers)],
@@ -229,7 +229,7 @@ def made_engine(model: EarlyExitModel, batch: int, options: argparse.Namespace) 
 def decode(
     model: EarlyExitModel, batch: int, policy: Policy, options: argparse.Namespace, engine: Engine | None = None
 ) -> tuple[list[TokenStep], float, int]:
-    """What was said after the prompts were read; the seconds, and the steps."""
+    """Returns the tokens after the prompts, and the seconds and steps that they took."""
     engine = engine or made_engine(model, batch, options)
     draw = torch.Generator().manual_seed(batch)
     params = SamplingParams(max_tokens=options.new_tokens, ignore_eos=True)
@@ -256,10 +256,12 @@ def _measured(
     bandwidth: float,
     options: argparse.Namespace,
 ) -> list[Row]:
-    """The row, which is printed; none where this machine can not make it, for the others count all the same."""
+    """Prints the row and returns it in a list, which is empty where this machine can not measure it: the others count
+    all the same.
+    """
     try:
         row = measure(model, batch, way, policy, kind, bandwidth, options)
-    except (RuntimeError, ImportError) as error:  # no triton, no compiler for it, too little memory
+    except (RuntimeError, ImportError) as error:  # triton, its compiler or memory is missing
         print(
             f"| {batch} | {way} | {kind} | {type(error).__name__}: {str(error).strip().splitlines()[0][:200]} |",
             flush=True,
@@ -278,8 +280,8 @@ def measure(
     bandwidth: float,
     options: argparse.Namespace,
 ) -> Row:
-    """One way of decoding, `options.rounds` times after one that records the graphs."""
-    gc.collect()  # the engine before this one has a cache as large
+    """Measures one way of decoding, `options.rounds` times after a first time that records the graphs."""
+    gc.collect()  # frees the former engine, whose cache is as large
     with graphs_as(kind):
         engine = made_engine(model, batch, options)
         runs = [decode(model, batch, policy, options, engine) for _ in range(options.rounds + 1)][1:]
@@ -304,7 +306,7 @@ def _has_one_depth(policy: Policy) -> bool:
 
 
 def bytes_of(model: EarlyExitModel, fixed_exit: int | None) -> int:
-    """Bytes of the weights that a token reads."""
+    """Returns the bytes of the weights that a token reads."""
     read: list[Any] = (
         [*model.backbone.output_layer.parameters()]
         if fixed_exit is None

@@ -53,7 +53,7 @@ class Row:
     to_full_depth: float
     mean_depth: float
     busy: tuple[float, ...]
-    """Share of the time, by stage."""
+    """Share of the time in which each stage was busy."""
 
 
 def main() -> None:
@@ -117,8 +117,8 @@ def _rows_of(name: str, folders: Folders, options: argparse.Namespace) -> list[R
 
 
 def _measure(llm: EarlyExitLLM, name: str, batch: int, options: argparse.Namespace) -> list[Row]:
-    """Every way of decoding a batch. All ranks get the same rows but for rounding of their own clocks; the first one's
-    are told.
+    """Measures every way of decoding a batch. All ranks get the same rows except for their own clocks; those of rank 0
+    are printed.
     """
     threshold = options.threshold
     if name == "30M":
@@ -127,7 +127,7 @@ def _measure(llm: EarlyExitLLM, name: str, batch: int, options: argparse.Namespa
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     busy: dict[str, list[list[float]]] = {way: [] for way in ways}
     depth: dict[str, float] = {}
-    for index in range(options.rounds + 1):  # the first one pays for allocations, and lets speculation measure
+    for index in range(options.rounds + 1):  # the first run pays for allocations, and speculation measures its costs
         for way, (keys, fill_behind) in ways.items():
             elapsed, shares, depth[way] = _generate(llm, batch, options.new_tokens, keys, fill_behind)
             if index:
@@ -150,7 +150,7 @@ def _measure(llm: EarlyExitLLM, name: str, batch: int, options: argparse.Namespa
 
 
 def _ways(llm: EarlyExitLLM, threshold: float, wanted: list[str] | None) -> dict[str, tuple[dict[str, Any], int]]:
-    """Way -> what is asked, and how many tokens wait at the second stage before it runs them."""
+    """Returns way -> options, and the number of tokens that may be pending at the second stage before it runs them."""
 
     def at(*asked: int) -> dict[str, Any]:
         return {
@@ -180,7 +180,7 @@ def _ways(llm: EarlyExitLLM, threshold: float, wanted: list[str] | None) -> dict
 
 
 def _passed_by(llm: EarlyExitLLM, share: float) -> float:
-    """The confidence that a share of tokens has at layer 6, all of them leaving there."""
+    """Returns the confidence that a share of tokens reaches at layer 6, if all of them leave there."""
     made = llm.generate(PROMPTS[:1], policy="fixed", exit_layer=LAST_EXIT, max_new_tokens=128, ignore_eos=True)
     return sorted(made[0].confidences)[int((1 - share) * len(made[0].confidences))]
 
@@ -188,7 +188,7 @@ def _passed_by(llm: EarlyExitLLM, share: float) -> float:
 def _generate(
     llm: EarlyExitLLM, batch: int, new_tokens: int, keys: dict[str, Any], fill_behind: int
 ) -> tuple[float, list[float], float]:
-    """Seconds, the share of them that each stage was busy, and the mean layer at which tokens left."""
+    """Returns the seconds, the share of them that each stage was busy, and the mean layer at which tokens left."""
     prompts = (PROMPTS * -(-batch // len(PROMPTS)))[:batch]
     engine_module.MOST_PENDING_AT_STAGE = fill_behind
     llm.model.topology.barrier()

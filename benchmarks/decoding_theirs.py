@@ -10,7 +10,7 @@ CACHES = ("dynamic", "static")
 
 
 class Theirs:
-    """A model in transformers' hands, its attention the default (scaled_dot_product_attention)."""
+    """A model run by transformers, with its default attention (scaled_dot_product_attention)."""
 
     def __init__(self, folder: Path):
         import transformers
@@ -25,11 +25,11 @@ class Theirs:
         self.model.generation_config.eos_token_id = None
 
     def generate(self, prompts: list[list[int]], cache: str, new_tokens: int) -> list[list[int]]:
-        """Each prompt's new ids; prompts of one length, so that nothing is padded."""
+        """Returns each prompt's new ids. Prompts have one length, so that nothing is padded."""
         return self._generate(prompts, new_tokens, cache_implementation=cache)
 
     def exit_early(self, prompts: list[list[int]], new_tokens: int, layer: int) -> list[list[int]]:
-        """Self-speculation as transformers has it: layers 1..`layer` under the model's own last norm and output matrix
+        """Runs self-speculation of transformers: layers 1..`layer` under the model's own last norm and output matrix
         draft, and the whole model checks. How many tokens are drafted adapts by its own schedule. One prompt.
         """
         return self._generate(prompts, new_tokens, assistant_early_exit=layer)

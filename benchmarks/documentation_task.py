@@ -17,7 +17,7 @@ from pathlib import Path
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 
 PROMPT, ANSWER, SHORTEST = 200, 400, 350
-"""Characters."""
+"""Numbers of characters."""
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def task(text: str) -> dict[str, str]:
-    """The beginning of a text, cut between words, and what follows."""
+    """Returns a task: the beginning of a text, cut between words, and its continuation."""
     cut = text.rfind(" ", 0, PROMPT)
     return {"prompt": text[:cut], "answer": text[cut:][:ANSWER]}
 

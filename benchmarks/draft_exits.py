@@ -3,8 +3,8 @@ then on the model's own words.
 
     python benchmarks/draft_exits.py --output runs/drafts
 
-A draft is right where the exit says what the full model says *after the full model's own text*, so that is what it
-learns last: greedy continuations of pieces of the training text. OUTPUT/exit_heads is the artifact that
+A draft is right where the exit predicts the full model's token *after the full model's own text*. So its training ends
+with such text: greedy continuations of pieces of the training text. OUTPUT/exit_heads is the artifact that
 benchmarks/speculation.py measures.
 """
 
@@ -21,7 +21,7 @@ from ee_tuning.config import load_config
 from ee_tuning.tuning.command import tune
 
 OWN_TOKENS, BATCH = 300, 48
-"""New tokens of a continuation; continuations made at a time."""
+"""New tokens of a continuation; number of continuations made at a time."""
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def _tune(run: Path, keys: dict[str, object], steps: int) -> None:
 
 
 def _write_own_texts(path: Path, source: Path, count: int) -> None:
-    """Pieces of the training text, each with what the model says behind it."""
+    """Writes pieces of the training text, each with the full model's continuation."""
     llm, draw = EarlyExitLLM.load(SHIPPED_MODEL), random.Random(0)
     texts = [
         text

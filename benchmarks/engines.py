@@ -56,11 +56,11 @@ class Row:
     same: float
     """The share of prompts whose tokens are plain vLLM's."""
     length: float | None = None
-    """Mean acceptance length, as vLLM counts it."""
+    """Mean acceptance length, as vLLM defines it."""
 
 
 def main() -> int:
-    """Prints the table; 2 where something asked for can not be."""
+    """Prints the table. Returns 2 where something requested is not possible."""
     options = _options()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +97,9 @@ def _options() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """Every way of both engines. Raises InputError where the engines' environment is none, or of another version."""
+    """Measures every way of both engines. Raises InputError where the engines' environment is missing, or of another
+    version.
+    """
     check_counts(options.prompts, options.drafts)
     check_version(options.engines, any_version=options.any_version)
     model = _as_folder(options.model, folder)
@@ -131,7 +133,7 @@ def speculative_configs(draft: Path, eagle3: Path | None, counts: Sequence[int] 
 
 
 def check_counts(prompts: int, drafts: Sequence[int]) -> None:
-    """Raises InputError where there are not so many prompts, or a row would draft nothing."""
+    """Raises InputError where there are fewer prompts than requested, or a row would draft nothing."""
     if not 1 <= prompts <= 2 * len(CHATS):
         raise InputError(f"--prompts must be 1 to {2 * len(CHATS)}, got {prompts}")
     if min(drafts) < 1:
@@ -152,7 +154,7 @@ def check_version(python: Path, *, any_version: bool) -> None:
 
 
 def prompt_texts(tokenizer: Any, count: int) -> list[str]:
-    """Chats by the model's template, and the beginnings of functions, in equal parts."""
+    """Returns chats by the model's template, and the beginnings of functions, in equal parts."""
     chats = list(CHATS[: count - count // 2])
     if tokenizer.chat_template:
         turns = [[{"role": "user", "content": chat}] for chat in chats]
@@ -207,11 +209,11 @@ def _theirs(
 
 
 def _run_vllm(engines: Path, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """The runs of a job in a process of its own: vLLM 0.32.0 fails to start where some ways of drafting ran before."""
+    """Runs a job in its own process: vLLM 0.32.0 fails to start where some ways of drafting ran before."""
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     hidden = ("PYTHONPATH", "OMP_NUM_THREADS")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    # What vLLM asks for where it drafts on a CPU.
+    # vLLM requires this for drafting on a CPU.
     openmp = engines.parent.parent / "lib" / "libiomp5.so"
     if openmp.exists():
         environment["LD_PRELOAD"] = str(openmp)

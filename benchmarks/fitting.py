@@ -1,8 +1,8 @@
-"""What a least-squares fit makes of copied exits, before any training and after the same steps as theirs.
+"""Exits fitted by least squares, compared with copied ones: before any training, and after the same training.
 
-    python benchmarks/fitting.py                                                     # the shipped model, on the
-    standard library's sources python benchmarks/fitting.py --model SmolLM2-135M-Instruct.Q4_1.gguf --text docstrings
-    --layers 4,8,12,15,18,22,26 --length 512
+    python benchmarks/fitting.py  # the shipped model, on the standard library's sources
+    python benchmarks/fitting.py --model SmolLM2-135M-Instruct.Q4_1.gguf --text docstrings --length 512
+        --layers 4,8,12,15,18,22,26
 
 For each exit, on held-out text: loss in nats a token, share of tokens on which it agrees with the full model's
 likeliest one, share of tokens of confidence 0.8 and more, and how many of these are the full model's; and all that
@@ -39,7 +39,7 @@ SURE = 0.8
 
 @dataclasses.dataclass
 class Figures:
-    """Of one exit, sums over tokens."""
+    """Sums over tokens, of one exit."""
 
     loss: float = 0.0
     agrees: int = 0
@@ -47,7 +47,7 @@ class Figures:
     sure_and_agrees: int = 0
 
     def add(self, logits: Tensor, labels: Tensor, top: Tensor) -> None:  # [n, v], [n], [n]
-        """Tokens."""
+        """Adds tokens."""
         confidence, said = logits.float().softmax(-1).max(-1)
         self.loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
         self.agrees += int((said == top).sum())
@@ -55,7 +55,7 @@ class Figures:
         self.sure_and_agrees += int(((confidence >= SURE) & (said == top)).sum())
 
     def row(self, count: int) -> str:
-        """As the table has it."""
+        """Returns the cells of the table."""
         right = f"{self.sure_and_agrees / self.sure:.3f}" if self.sure else "    –"
         return f"{self.loss / count:7.3f} {self.agrees / count:9.3f} {self.sure / count:6.3f} {right:>6}"
 
@@ -153,7 +153,7 @@ def _tune_and_print(config: Config, folder: Path, fitted: Path, steps: list[int]
 
 @torch.inference_mode()
 def _print_table(config: Config, artifacts: dict[str, Path], *, has_copied: bool) -> None:
-    """`has_copied`: the exits are untuned, so that what they are without their maps is told, too."""
+    """Prints the table. `has_copied`: the exits are untuned, so the figures of exits without maps are printed, too."""
     kinds: dict[str, dict[int, Figures]] = {}
     for name, path in artifacts.items():
         model = load_for_generation(replace(config, exits={"path": str(path)}), init_parallel(config.parallel)).model

@@ -1,5 +1,5 @@
-"""Long sequences through the frozen layers in chunks (tuning.forward_chunk_length) against whole: the same step, in how
-much memory and time?
+"""Memory and time of a step whose long sequences go through the frozen layers in chunks (tuning.forward_chunk_length),
+compared with whole sequences.
 
     python benchmarks/forward_chunks.py
 
@@ -28,9 +28,9 @@ class Figures:
 
     seconds: float
     peak: int
-    """Bytes."""
+    """Peak memory in bytes."""
     losses: dict[str, float]
-    """By exit layer; of the last stage that has the records: empty elsewhere."""
+    """Losses by exit layer, on the last stage, which has the records; empty elsewhere."""
     gradients: dict[str, Any]
     """Adam's first moment, by exit and parameter."""
 
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def step(folder: Path, options: argparse.Namespace, tp: int, pp: int, chunk: int, rank: int, port: int) -> Figures:
-    """A rank's optimizer step by the tuner."""
+    """Takes a rank's optimizer step by the tuner."""
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": tp * pp, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in world.items()})
     import numpy as np
@@ -102,7 +102,7 @@ def step(folder: Path, options: argparse.Namespace, tp: int, pp: int, chunk: int
     stream = np.random.default_rng(0).integers(0, loaded.model.config.vocab_size, 2 * options.seq_length + 1)
     samples = PackedSamples(stream.astype(np.int32), options.seq_length)
     tuner = Tuner(loaded, Splits(train=samples, valid=None), config, topology)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, began = _status("VmRSS"), time.perf_counter()
     tuner.run()
     seconds, peak = time.perf_counter() - began, _status("VmHWM") - before

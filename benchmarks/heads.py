@@ -1,5 +1,4 @@
-"""What each head architecture learns on the shipped model: held-out loss per exit before and after tuning, and what an
-exit holds.
+"""The head architectures on the shipped model: held-out loss per exit before and after tuning, and the size of an exit.
 
     python benchmarks/heads.py
 
@@ -62,7 +61,7 @@ def main() -> None:
 
 
 def write_texts(folder: Path) -> dict[str, list[str]]:
-    """Python's own library, as the demo takes it."""
+    """Writes Python's own library as texts, like the demo."""
     training, held_out = sample_corpus()
     size, chosen = 0, []
     for name in sorted(training, key=lambda n: n[::-1]):
@@ -77,7 +76,7 @@ def write_texts(folder: Path) -> dict[str, list[str]]:
 
 
 def job(run: Path, texts: dict[str, list[str]], architecture: str, init: str, steps: int) -> Config:
-    """A run of one row."""
+    """Returns the job of one row."""
     keys: dict[str, Any] = {
         "model.path": str(MODEL),
         "exits.exit_layers": list(EXIT_LAYERS),
@@ -100,14 +99,14 @@ def job(run: Path, texts: dict[str, list[str]], architecture: str, init: str, st
 
 
 def losses(config: Config) -> tuple[dict[str, float], dict[str, float]]:
-    """Held-out loss by exit layer, before and after."""
+    """Returns the held-out loss by exit layer, before and after."""
     lines = (Path(config.tuning.run_folder) / "metrics.jsonl").read_text().splitlines()
     held_out = [record["loss"] for record in map(json.loads, lines) if record["kind"] == "validation"]
     return held_out[0], held_out[-1]
 
 
 def num_parameters(architecture: Architecture) -> int:
-    """Of one exit that ties its output matrix."""
+    """Returns the parameters of an exit that ties its output matrix."""
     spec = ExitSpec(layer=1, architecture=architecture, ties_output=True, adapter_rank=ADAPTER_RANK)
     sizes = exit_tensor_shapes((spec,), read_model_config(MODEL)).values()
     return sum(size[0] * (size[1] if len(size) > 1 else 1) for size in sizes)

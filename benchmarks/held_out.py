@@ -1,4 +1,6 @@
-"""Prompts of Python code that neither the shipped model nor its exits learned from, for the other benchmarks here."""
+"""Prompts of Python code that neither the shipped model nor its exits were trained on, for the other benchmarks
+here.
+"""
 
 import random
 
@@ -6,8 +8,8 @@ from ee_tuning.data.sample_corpus import sample_corpus
 
 
 def held_out_prompts(count: int, size: int, seed: int = 0) -> list[str]:
-    """Pieces of `size` ASCII characters, each ending behind the name of a function to be defined; the same ones every
-    time.
+    """Returns pieces of `size` ASCII characters, each ending behind the name of a function to be defined; the same ones
+    every time.
     """
     prompts = []
     for _, source in sorted(sample_corpus()[1].items()):

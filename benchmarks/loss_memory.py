@@ -97,7 +97,7 @@ def _measure(name: str, vocab_size: int, options: argparse.Namespace) -> dict[st
 
 
 def _warm_up(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    """Loads the libraries' kernels, so that their pages are not taken for the loss's."""
+    """Loads the libraries' kernels, so that their pages do not count as the loss's."""
     few = 16
     small = weight[:few].detach().requires_grad_()
     F.cross_entropy(F.linear(hidden[:few, 0], small).float(), labels[:few, 0] % few).backward()

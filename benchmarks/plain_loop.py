@@ -3,11 +3,10 @@
     python benchmarks/plain_loop.py
     python benchmarks/plain_loop.py --vocab-sizes 32000 --steps 5 --json plain_loop.json
 
-The plain loop is what one writes first: the frozen transformers model, called under no_grad; the same `mlp` heads as
-modules on its hidden states; logits made whole, cross-entropy, and autograd.
-Ours is a step of the tuner. Both train the same exits of the same random model on batches of the same shape, in
-float32. Each runs in a process of its own, in turn; peak memory is what the process holds at its worst moment beyond
-the imported libraries.
+The plain loop is the obvious one: the frozen transformers model, called under no_grad; the same `mlp` heads as modules
+on its hidden states; logits made whole, cross-entropy, and autograd. Ours is a step of the tuner. Both train the same
+exits of the same random model on batches of the same shape, in float32. Each runs in a process of its own, in turn;
+peak memory is what the process holds at its worst moment beyond the imported libraries.
 """
 
 import argparse
@@ -36,12 +35,12 @@ FASTER, SMALLER = 1.3, 0.6
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one way, in one process."""
+    """Figures of one way, in one process."""
 
     seconds: float
-    """Of a step, median."""
+    """Median seconds of a step."""
     peak: int
-    """Bytes."""
+    """Peak memory in bytes."""
 
 
 def main() -> None:
@@ -81,7 +80,7 @@ def main() -> None:
 
 
 def plain(folder: Path, options: argparse.Namespace) -> Figures:
-    """The plain loop."""
+    """Runs the plain loop."""
     import torch
     import torch.nn.functional as F
     import transformers
@@ -127,7 +126,7 @@ def plain(folder: Path, options: argparse.Namespace) -> Figures:
 
 
 def ours(folder: Path, options: argparse.Namespace) -> Figures:
-    """Steps of the tuner: what it does with a micro-batch, and the update."""
+    """Runs steps of the tuner: its work on a micro-batch, and the update."""
     import numpy as np
     import torch
 
@@ -169,7 +168,7 @@ def ours(folder: Path, options: argparse.Namespace) -> Figures:
 
 def _timed(step: Callable[[], None], steps: int, before: int) -> Figures:
     step()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far: loading is not what is compared
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak: loading is not compared
     seconds = []
     for _ in range(steps):
         began = time.perf_counter()

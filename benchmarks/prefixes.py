@@ -1,10 +1,10 @@
-"""What it brings that prompts share what was computed of their beginning: time to the first token, and what the sharing
-costs later ones.
+"""The gain where prompts share the keys and values of a common beginning: time to the first token, and the cost of the
+sharing for later ones.
 
     python benchmarks/random_model.py --output /tmp/llama-30m
     python benchmarks/prefixes.py --model /tmp/llama-30m/model --exits /tmp/llama-30m/exit_heads
 
-Full depth, random tokens. A table as docs/benchmarks.md has it.
+Full depth, random tokens. Prints the table of docs/benchmarks.md.
 """
 
 import argparse
@@ -49,9 +49,9 @@ def main() -> None:
                         max_length=length + OWN_TOKENS + NEW_TOKENS,
                         reuses_prefixes=reuses,
                     )
-                    _decode(engine, length, 1, seed=0)  # who said it first; without reuse, a pass that warms up
+                    _decode(engine, length, 1, seed=0)  # computes the beginning; without reuse, a pass to warm up
                     results.append(_decode(engine, length, count, seed=1))
-            # The best of the rounds: what else a machine does only makes it slower.
+            # The best of the rounds: other work of the machine only slows a round down.
             first, first_shared = (1e3 * min(each)[0] for each in (without, shared))
             rate, rate_shared = (max(rate for _, rate in each) for each in (without, shared))
             print(
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _decode(engine: Engine, length: int, count: int, seed: int) -> tuple[float, float]:
-    """(seconds until all have their first token, tokens per second of all together from then on)."""
+    """Returns (seconds until all have their first token, tokens per second of all together from then on)."""
     generator = torch.Generator().manual_seed(seed)
     size = engine.config.vocab_size - 1
     stem = [(7 * i) % size for i in range(length)]

@@ -5,7 +5,7 @@ here.
     python benchmarks/random_model.py --output /tmp/llama-wide --hidden-size 512 --intermediate-size 1024 --vocab-size
     8000
 
-Speed does not ask what the weights are, so they are drawn and not trained. Writes OUTPUT/model and OUTPUT/exit_heads.
+Speed does not depend on the weights, so they are drawn and not trained. Writes OUTPUT/model and OUTPUT/exit_heads.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def write_random_model(
 
 
 def write_exits(model: Path, output: Path, exit_layers: tuple[int, ...] = EXIT_LAYERS) -> Path:
-    """Converts: `mlp` exits, copied from the model, in output/exit_heads."""
+    """Converts the model: `mlp` exits, copied from it, in output/exit_heads."""
     exits = output / "exit_heads"
     config = load_config(None, {"model.path": str(model), "exits.exit_layers": list(exit_layers)})
     write_initial_exits(config, exits, init_parallel(config.parallel), overwrite=True)
@@ -89,7 +89,7 @@ def write_exits(model: Path, output: Path, exit_layers: tuple[int, ...] = EXIT_L
 
 
 def num_parameters(model: Path) -> int:
-    """Numbers in the model's safetensors files."""
+    """Returns the number of parameters in the model's safetensors files."""
     from safetensors import safe_open
 
     total = 0

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 
 def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `work(*args)` returns on each of `world_size` new processes with one thread each, by rank. `work` lays out
-    the parallelism.
+    """Returns the result of `work(*args)` on each of `world_size` new processes with one thread each, by rank. `work`
+    sets up the parallelism.
     """
     port = free_port()
     spawn = multiprocessing.get_context("spawn")
@@ -29,7 +29,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens at."""
+    """Returns a port of this machine that is free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -39,7 +39,7 @@ def _run(rank: int, world_size: int, port: int, answers: Any, work: Callable[...
     cores = sorted(os.sched_getaffinity(0))
     if world_size <= len(
         cores
-    ):  # else a message's receiver is woken on the sender's core, and computes there while another one idles
+    ):  # else a message's receiver is woken on the sender's core, and computes there while another core idles
         os.sched_setaffinity(0, cores[rank * len(cores) // world_size : (rank + 1) * len(cores) // world_size])
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)

@@ -1,5 +1,5 @@
-"""Priority that nothing else on the machine can disturb, so that an idle one can be had on a busy one. For a second or
-so: others wait.
+"""Real-time priority, so that other processes do not disturb a measurement on a busy machine. Use it for about a
+second: all others wait.
 """
 
 import contextlib
@@ -7,7 +7,7 @@ import os
 
 
 def set_real_time(is_wanted: bool) -> None:
-    """Of all threads there are. Needs root; nothing happens without."""
+    """Sets the priority of all threads of this process. Needs root; otherwise nothing happens."""
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(PermissionError):
             os.sched_setscheduler(

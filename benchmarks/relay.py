@@ -1,13 +1,13 @@
-"""How long the stages of a tuning run wait for each other.
+"""The time that the stages of a tuning run wait for each other.
 
     python benchmarks/relay.py
     python benchmarks/relay.py --steps 100 --milliseconds 50 --stages 4
 
 The real tuner, its metrics on, on as many processes as there are stages, with 2 micro-batches a step and an exit on
 every stage. The work of a stage is simulated: the layers of a micro-batch, and the losses of its exits, are made to
-last equally long on every stage by sleeping, so that the figures tell of the relay and not of how many processors there
-are. Idle is 1 - work / (last work's end - first work's begin), of the worst stage. A run whose stages wait for the last
-one at the end of every step, as is usual, is there to compare.
+last equally long on every stage by sleeping, so that the figures depend on the relay and not on the number of
+processors. Idle is 1 - work / (last work's end - first work's begin), of the worst stage. A run whose stages wait for
+the last one at the end of every step, as is usual, is there to compare.
 """
 
 import argparse
@@ -40,7 +40,7 @@ WAYS: dict[str, tuple[float | None, dict[str, Any]]] = {
     "distillation, hidden states": (0.08, {"tuning.loss": ["forward_kl"], "tuning.teacher": "hidden"}),
     "cross-entropy, drained at every step": (None, {}),
 }
-"""Way -> largest idle share that is aimed at, what the config says of it."""
+"""Way -> largest idle share to reach, and its keys of the config."""
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def _options() -> argparse.Namespace:
 
 
 def measure(way: str, options: argparse.Namespace) -> tuple[float, list[float], float]:
-    """Seconds, the idle share of every stage, and the largest mean that the run's own metrics tell."""
+    """Returns the seconds, the idle share of every stage, and the largest mean in the run's own metrics."""
     with tempfile.TemporaryDirectory() as folder:
         results = run_ranks(
             options.stages, _timed_run, way, _config(way, Path(folder, "run"), options), options.milliseconds / 1e3
@@ -112,7 +112,7 @@ def _config(way: str, folder: Path, options: argparse.Namespace) -> Config:
 
 
 def _timed_run(way: str, config: Config, seconds: float) -> tuple[float, float]:
-    """Seconds of this stage, and its idle share."""
+    """Returns the seconds of this stage, and its idle share."""
     topology, clock = init_parallel(config.parallel), Clock()
     tokens = np.random.RandomState(5).randint(0, 200, 50 * SEQ_LENGTH + 1).astype(np.int32)
     samples = Splits(train=PackedSamples(tokens, SEQ_LENGTH), valid=None)

@@ -1,12 +1,12 @@
-"""What replicas bring to a file of prompts: tokens/s of `generate --prompts` on two replicas of one core each, against
-one replica on one core.
+"""The gain by replicas for a file of prompts: tokens/s of `generate --prompts` on two replicas of one core each,
+against one replica on one core.
 
     python benchmarks/replicas.py --model examples/tiny-python-llama --exits runs/demo/exit_heads
 
-Each process has one thread and is kept on a core of its own. Both worlds live side by side, the idle one asleep, and
+Each process has one thread and is kept on a core of its own. Both worlds exist side by side, the idle one asleep, and
 take turns; the best of the rounds counts. On a busy machine --realtime (as root) keeps other processes off these cores
-for the seconds of a round. Loading is not timed, the sharing of prompts and the output file are. A
-table as docs/benchmarks.md has it.
+for the seconds of a round. Loading is not timed; the sharing of prompts and the output file are. Prints the table of
+docs/benchmarks.md.
 """
 
 import argparse
@@ -55,19 +55,19 @@ def main() -> None:
 
 
 def _start(size: int, cores: list[int], options: argparse.Namespace) -> list[Connection]:
-    """The ranks of a world."""
+    """Starts the ranks of a world."""
     spawn, port, connections = get_context("spawn"), free_port(), []
     for rank in range(size):
         ours, theirs = spawn.Pipe()
         spawn.Process(target=_work, args=(rank, size, port, cores[rank], options, theirs), daemon=True).start()
         connections.append(ours)
     for connection in connections:
-        connection.recv()  # it has its model
+        connection.recv()  # its model is loaded
     return connections
 
 
 def _round(ranks: list[Connection], batch: int, number: int) -> float:
-    """Tokens a second of a world."""
+    """Returns the tokens per second of a world."""
     for connection in ranks:
         connection.send((batch, number))
     return max(connection.recv() for connection in ranks)
@@ -108,7 +108,7 @@ def _work(rank: int, size: int, port: int, core: int, options: argparse.Namespac
 
 
 def _deliver(llm: Any, config: Any, batch: int, number: int, options: argparse.Namespace) -> float:
-    """Completes the prompts into a file, as the command does; tokens a second."""
+    """Completes the prompts into a file, as the command does, and returns the tokens per second."""
     from ee_tuning.generation.many import deliver
     from ee_tuning.generation.prompts import requests_of
 

@@ -1,12 +1,12 @@
-"""How long a checkpoint holds training up: written beside it, and waited for.
+"""The time that a checkpoint costs a training run: written in the background, and waited for.
 
     python benchmarks/saving.py
     python benchmarks/saving.py --hidden-size 1024 --steps 48 --interval 12
 
 A run of the real tuner on two processes, one stage each with an untied `norm` exit, over a random Llama. A checkpoint
 has the exits' float32 masters and Adam's two moments, 12 bytes a parameter. The boundary is the time that a step's end
-takes longer for its checkpoint, of the slower process; the run's time beyond that of one that saves at its end alone
-tells what the writing itself takes from training.
+takes longer for its checkpoint, of the slower process; the additional time of the run, compared with one that saves
+only at its end, is the cost of the writing itself.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main() -> None:
             results = run_ranks(2, _seconds_of_saves, config)
             boundaries = [
                 max(of_ranks) for of_ranks in zip(*(saves[:-1] for saves, _ in results), strict=True)
-            ]  # the end waits anyway
+            ]  # the end waits in any case
             told = (
                 ["", ""]
                 if not boundaries
@@ -92,7 +92,7 @@ def _options() -> argparse.Namespace:
 
 
 def _seconds_of_saves(config: Config) -> tuple[list[float], float]:
-    """Of this process: seconds of every save, and of the run."""
+    """Returns the seconds of every save, and of the run, of this process."""
     topology = init_parallel(config.parallel)
     Path(config.tuning.run_folder).mkdir(exist_ok=True)
     tokens = np.random.RandomState(5).randint(0, VOCABULARY, 50 * SEQ_LENGTH + 1).astype(np.int32)

@@ -37,7 +37,7 @@ class Reading(NamedTuple):
     first: float
     """Median seconds to the first token."""
     rate: float
-    """Tokens a second, of all clients."""
+    """Tokens per second of all clients."""
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
 
 @contextmanager
 def served(command: list[str]) -> Iterator[tuple[str, int]]:
-    """The host and port of a server that answers."""
+    """Yields the host and port of a server that answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = probe.getsockname()
@@ -107,7 +107,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, seconds: float = 300) -> N
 
 
 def measured(address: tuple[str, int], count: int, tokens: int, keys: dict[str, Any]) -> Reading:
-    """One round of `count` clients."""
+    """Runs one round of `count` clients."""
 
     async def streams() -> list[tuple[float, int]]:
         prompts = [PROMPT.format(f"{time.time_ns() % 100000}-{client}") for client in range(count)]
@@ -120,7 +120,7 @@ def measured(address: tuple[str, int], count: int, tokens: int, keys: dict[str, 
 
 
 async def _stream(address: tuple[str, int], prompt: str, tokens: int, keys: dict[str, Any]) -> tuple[float, int]:
-    """When the first text came, and the number of tokens."""
+    """Returns the time of the first text, and the number of tokens."""
     reader, writer = await asyncio.open_connection(*address)
     wanted = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True, **keys}
     body = json.dumps({**wanted, "model": None, "stream_options": {"include_usage": True}}).encode()

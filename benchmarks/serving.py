@@ -1,11 +1,11 @@
-"""What serving costs: time to the first token, time between tokens and tokens/s of `ee-tuning serve`, against the same
+"""The cost of serving: time to the first token, time between tokens and tokens/s of `ee-tuning serve`, against the same
 prompts in one call of EarlyExitLLM.
 
     python benchmarks/serving.py --model examples/tiny-python-llama --exits runs/demo/exit_heads
 
 Every client asks for one stream after the other. Both take turns, and the best of the rounds counts. The last columns
 are the processor's time for a token, by all threads of the process: with OMP_NUM_THREADS=1 it is the same on a busy
-machine. A table as docs/benchmarks.md has it.
+machine. Prints the table of docs/benchmarks.md.
 """
 
 import argparse
@@ -38,9 +38,9 @@ class Reading(NamedTuple):
     between: float
     """Median seconds between tokens."""
     rate: float
-    """Tokens a second, of all clients."""
+    """Tokens per second of all clients."""
     cpu: float
-    """Seconds of the processor a token."""
+    """Processor seconds per token."""
 
 
 def main() -> None:
@@ -78,14 +78,14 @@ def main() -> None:
 
 @contextmanager
 def served(options: argparse.Namespace) -> Iterator[tuple[str, psutil.Process]]:
-    """The address of a server, and its process."""
+    """Yields the address of a server, and its process."""
     command = [sys.executable, "-m", "ee_tuning", "serve", "--model", str(options.model), "--exits", str(options.exits)]
     with subprocess.Popen(
         [*command, "--threshold", str(options.threshold), "--port", "0"], stderr=subprocess.PIPE, encoding="utf-8"
     ) as process:
         assert process.stderr is not None
         stderr = process.stderr
-        # A log that nobody reads would stop the server.
+        # An unread log would block the server.
         reader = threading.Thread(target=lambda: [None for _ in stderr])
         try:
             for line in stderr:
@@ -100,7 +100,7 @@ def served(options: argparse.Namespace) -> Iterator[tuple[str, psutil.Process]]:
 
 
 def offline(llm: EarlyExitLLM, prompts: list[str], options: argparse.Namespace) -> Reading:
-    """All prompts in one call."""
+    """Completes all prompts in one call."""
     began, spent, times = time.perf_counter(), _cpu(psutil.Process()), [list[float]() for _ in prompts]
     params = SamplingParams(max_tokens=options.tokens, ignore_eos=True)
     for token in llm.stream(prompts, None, params, policy="threshold", threshold=options.threshold):
@@ -109,7 +109,7 @@ def offline(llm: EarlyExitLLM, prompts: list[str], options: argparse.Namespace) 
 
 
 def online(address: str, server: psutil.Process, prompts: list[str], options: argparse.Namespace) -> Reading:
-    """A stream for each prompt."""
+    """Requests a stream for each prompt."""
 
     async def streams() -> list[list[float]]:
         return await asyncio.gather(*(_stream(address, prompt, options.tokens) for prompt in prompts))

@@ -1,15 +1,14 @@
-"""What a shortlist saves of an exit that is asked in vain, and what it costs in tokens that can not leave.
+"""The saving by a shortlist for an exit that is asked in vain, and its cost in tokens that can not leave.
 
-    python benchmarks/shortlist.py --model SmolLM2-135M-Instruct.Q4_1.gguf       # measured
-    python benchmarks/shortlist.py --shapes                                      # computed, for the shapes of
-    examples/*/config.json
+    python benchmarks/shortlist.py --model SmolLM2-135M-Instruct.Q4_1.gguf  # measured
+    python benchmarks/shortlist.py --shapes  # computed, for the shapes of examples/*/config.json
 
 Exits are fitted by least squares on documentation strings of Python's standard library; every fifth string is held out.
-For each size of the list: the share of held-out tokens that is listed; milliseconds of a question to an exit, and its
-share of a full pass (the mean over exits, the fastest of --repeats times); the share of tokens on which the exits agree
-with the full model; and, at thresholds that one half of the held-out text chooses so that tokens that leave are the
-full model's with probability --wanted, on the other half: tokens that leave, the agreement of all tokens, and the
-speed-up of decoding over full depth, the same prompts and engine, taken in turns.
+For each size of the list: the share of held-out tokens that is listed; milliseconds for asking an exit, and its share
+of a full pass (the mean over exits, the fastest of --repeats times); the share of tokens on which the exits agree with
+the full model; and, at thresholds that one half of the held-out text chooses so that tokens that leave are the full
+model's with probability --wanted, on the other half: tokens that leave, the agreement of all tokens, and the speed-up
+of decoding over full depth, the same prompts and engine, taken in turns.
 """
 
 import argparse
@@ -71,7 +70,7 @@ def main() -> None:
 
 
 def _write_all(config: Config, folder: Path, sizes: list[int]) -> None:
-    """Exits of every size, from one pass over the texts, as `exits-N` in `folder`."""
+    """Writes exits of every size, from one pass over the texts, as `exits-N` in `folder`."""
     topology, jobs = (
         init_parallel(config.parallel),
         {size: replace(config, exits={"output_vocab": size}) for size in sizes},
@@ -100,7 +99,7 @@ def _write_all(config: Config, folder: Path, sizes: list[int]) -> None:
 
 
 class _Together:
-    """Several rows of any other token, fitted in one pass."""
+    """Fits several rows of "any other token" in one pass."""
 
     def __init__(self, each: list[OtherFit]):
         self.each = each
@@ -167,7 +166,7 @@ def _print_row(config: Config, exits: Path, args: argparse.Namespace, size: int)
 
 
 def _speed_up(llm: EarlyExitLLM, prompts: list[str], policy: Policy, args: argparse.Namespace) -> float:
-    """Time of full depth ÷ time by `policy`, of each prompt the fastest of some rounds."""
+    """Returns the time of full depth ÷ the time by `policy`; of each prompt the fastest of some rounds counts."""
     seconds = {"full": 0.0, "early": 0.0}
     keys = {"max_new_tokens": args.new_tokens, "ignore_eos": True, "temperature": 0.0, "reuse_prefixes": False}
     for prompt in prompts:
@@ -193,7 +192,7 @@ def _agreement(readings: ExitObservations) -> float:
 
 
 def _stay(outcome: CalibrationResult) -> float:
-    """Share of tokens that go to the end."""
+    """Returns the share of tokens that do not leave early."""
     stay = 1.0
     for result in outcome.exits.values():
         stay *= 1 - result.share
@@ -201,8 +200,8 @@ def _stay(outcome: CalibrationResult) -> float:
 
 
 def _print_shapes(args: argparse.Namespace) -> None:
-    """Multiply-adds of a question, as a share of a full pass over one token; and its share of the model's
-    parameters.
+    """Prints the multiply-adds of asking an exit, as a share of a full pass over one token, and its share of the
+    model's parameters.
     """
     print(f"{'model':14} {'vocabulary':>10} " + " ".join(f"{size or 'all':>7}" for size in args.sizes))
     for name in SHAPES:

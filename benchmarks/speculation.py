@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def measure(exits: Path, prompts: list[str], num_theirs: int, new_tokens: int) -> dict[str, Any]:
-    """All figures, rates in tokens per second."""
+    """Returns all figures; rates are in tokens per second."""
     llm, theirs = EarlyExitLLM.load(SHIPPED_MODEL, exits), Theirs(SHIPPED_MODEL)
     keys: dict[str, Any] = {"max_new_tokens": new_tokens, "ignore_eos": True, "reuse_prefixes": False}
     seconds: dict[str, list[float]] = {}
@@ -67,7 +67,7 @@ def measure(exits: Path, prompts: list[str], num_theirs: int, new_tokens: int) -
         seconds.setdefault(way, []).append(time.perf_counter() - began)
         return result
 
-    for policy in ("full", "speculative"):  # a process's first passes pay for allocations, and for measuring costs
+    for policy in ("full", "speculative"):  # a process's first passes pay for allocations, and measure costs
         llm.generate(prompts[:1], policy=policy, **keys)
     theirs.generate([llm.encode(prompts[0])], "dynamic", 8)
     for index, prompt in enumerate(prompts):
@@ -101,7 +101,7 @@ def measure(exits: Path, prompts: list[str], num_theirs: int, new_tokens: int) -
 
 
 def _behind_first(seconds: dict[str, list[float]], first_token: dict[str, list[float]]) -> float:
-    """The speed-up without the time until the first token, which speculation can do nothing about."""
+    """Returns the speed-up without the time until the first token, which speculation can not change."""
     full, speculative = (sum(seconds[policy]) - sum(first_token[policy]) for policy in ("full", "speculative"))
     return full / speculative
 

@@ -1,11 +1,11 @@
-"""Speculation out of the box: a new process that knows nothing of its exits decodes five prompts at full depth and by
-speculation, in turn.
+"""Speculation without stored records: a new process decodes five prompts at full depth and by speculation, in turn.
 
     make demo
     python benchmarks/speculation_fresh.py --model examples/tiny-python-llama --exits runs/demo/exit_heads
 
 Prints the ratio of the times of all prompts, for each process and in the median, with drafts of exits and of repeated
-text, of exits alone, and for the share of drafts that was right. What a process learnt is removed before the next one.
+text, of exits alone, and for the share of drafts that was right. The records of a process are removed before the next
+one.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, cache: Path, alone: bool) -> dict[str, float]:
-    """One new process."""
+    """Runs one new process."""
     shutil.rmtree(cache / "speculation", ignore_errors=True)
     given = [*sys.argv[1:], "--once", *(["--exits-alone"] if alone else [])]
     environment = {**os.environ, "EE_TUNING_CACHE": str(cache)}
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace, cache: Path, alone: bool) -> dict[str, floa
 
 
 def decode(options: argparse.Namespace) -> dict[str, float]:
-    """The five prompts in this process, under both policies."""
+    """Decodes the five prompts in this process, under both policies."""
     torch.set_num_threads(options.threads)
     llm = EarlyExitLLM.load(options.model, options.exits)
     llm.generate(["x"], policy="full", max_new_tokens=8)

@@ -1,4 +1,4 @@
-"""What a tuning step costs beyond the arithmetic it can not do without.
+"""The overhead of a tuning step over its necessary arithmetic.
 
     python benchmarks/tuning_step.py
     python benchmarks/tuning_step.py --threads 1 --steps 30 --seq-length 512 --json tuning_step.json
@@ -48,7 +48,7 @@ TEXTS = Path(__file__).parents[1] / "ee_tuning"
 
 @dataclass
 class Seconds:
-    """Of one step."""
+    """Seconds of one step."""
 
     step: float = 0.0
     data: float = 0.0
@@ -108,7 +108,7 @@ def _options() -> argparse.Namespace:
 
 
 def measure(name: str, model: Path, run_folder: Path, options: argparse.Namespace) -> Result:
-    """The figures of one model."""
+    """Measures one model."""
     warm_up = 2
     config = load_config(
         None,
@@ -172,7 +172,7 @@ class TimedTuner(Tuner):
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """While it lasts, steps are timed, and clip and optimizer in them."""
+        """Times steps within the block, with clip and optimizer."""
         update_exits, end_step = exit_trainer.update_exits, ExitTrainer.end_step
 
         def timed_update(*arguments: Any) -> Any:
@@ -195,7 +195,7 @@ class TimedTuner(Tuner):
 
 
 class TimedSource:
-    """A source of batches that says how long each took."""
+    """A source of batches that records the time of each."""
 
     def __init__(self, source: BatchSource, note: Callable[[float], None]) -> None:
         self._source, self._note = source, note
@@ -222,7 +222,7 @@ class BareWork:
         self._heads = {spec.layer: _copy(model.exit_head(spec.layer), model) for spec in model.plan.own_exits}
 
     def do(self) -> tuple[float, float]:
-        """Once. Seconds of the layers, and of the heads."""
+        """Does the work once. Returns the seconds of the layers, and of the heads."""
         layers = heads = 0.0
         for batch in self._batches:
             began = time.perf_counter()

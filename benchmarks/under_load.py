@@ -1,12 +1,12 @@
-"""Decoding beside other busy processes: what is left of the speed, by how long OpenMP's threads spin before they sleep.
+"""Decoding beside other busy processes: the remaining speed, by how long OpenMP's threads spin before they sleep.
 
     python benchmarks/under_load.py --model SmolLM2-135M-Instruct.Q4_1.gguf
 
-Threads that wait for each other at a barrier spin first. A spinning thread looks busy: where a core is shared, it is
-given the time that the thread it waits for needs. One process for each setting of GOMP_SPINCOUNT takes its turn, alone
-and beside `--busy` processes that count; the ratio is of the same process in the same minutes. `--real-time` (needs
-root) keeps everything else that runs on the machine off its cores while nothing is to be beside it, so that an idle
-machine can be had on a busy one.
+Threads that wait for each other at a barrier spin first. A spinning thread looks busy: on a shared core, it gets the
+time that the thread it waits for needs. One process for each setting of GOMP_SPINCOUNT takes its turn, alone and beside
+`--busy` processes that count; the ratio is of the same process in the same minutes. `--real-time` (needs root) keeps
+everything else that runs on the machine off its cores while nothing is to be beside it, so that an idle machine can be
+had on a busy one.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def _worker(setting: dict[str, str], threads: int) -> Iterator["subprocess.Popen
         env={**known, **setting, "OMP_NUM_THREADS": str(threads)},
     )
     try:
-        _ask(worker, "plain")  # pays for what a process does once
+        _ask(worker, "plain")  # pays for one-time work of the process
         yield worker
     finally:
         worker.kill()
@@ -108,7 +108,7 @@ def _busy(count: int) -> Iterator[None]:
 
 
 def _work(options: argparse.Namespace) -> None:
-    """Decodes whenever a line comes, and answers with tokens per second."""
+    """Decodes whenever a line arrives, and answers with tokens per second."""
     from ee_tuning import EarlyExitLLM
 
     llm = EarlyExitLLM.load(options.model, dtype=options.dtype)

@@ -6,7 +6,7 @@ JOB: {"model", "prompts": [[token id]], "max_tokens", "batches": [1, 8], "repeat
 {…} | null, "tensor_parallel_size": 1}}}. ANSWER: {"vllm": version, "runs": {name: {"tokens": of each prompt,
 "seconds": {batch: the fastest}, "drafts": {"rounds", "drafted", "accepted", "by_position"}}}}.
 
-It imports nothing of ee_tuning, which that environment has not.
+It imports nothing of ee_tuning, which that environment lacks.
 """
 
 import gc
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it half of the memory
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: three times as quick to start
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is half of the memory
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # runs the engine in this process, which starts three times as fast
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -39,14 +39,16 @@ def main(job_file: str, answer_file: str) -> None:
 
 
 def cores_by_rank(ranks: int) -> str:
-    """Which cores each rank's threads run on: vLLM finds them by itself only where each rank has a NUMA node."""
+    """Returns the cores of each rank's threads: vLLM determines them by itself only where each rank has a NUMA node."""
     cores = sorted(os.sched_getaffinity(0))
     parts = [cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks] for rank in range(ranks)]
     return "|".join(",".join(map(str, part)) for part in parts)
 
 
 def measured(job: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """One engine: the tokens of every prompt, the fastest time of each batch size, and what drafts did meanwhile."""
+    """Runs one engine: returns the tokens of every prompt, the fastest time of each batch size, and the counters of
+    drafts.
+    """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -83,7 +85,7 @@ def measured(job: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
 
 
 def drafts(engine: Any) -> dict[str, Any]:
-    """vLLM's counters of drafts so far; empty without drafts."""
+    """Returns vLLM's counters of drafts so far; empty without drafts."""
     names = {
         "vllm:spec_decode_num_drafts": "rounds",
         "vllm:spec_decode_num_draft_tokens": "drafted",
@@ -95,7 +97,7 @@ def drafts(engine: Any) -> dict[str, Any]:
 
 
 def since(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What was counted between two readings."""
+    """Returns the counts between two readings."""
     return {
         name: [new - old for new, old in zip(value, before[name], strict=True)]
         if isinstance(value, list)

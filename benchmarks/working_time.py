@@ -1,5 +1,5 @@
-"""How much of a stage's time is work, and the work of stages that wait for each other: for what measures the relay, and
-its tests.
+"""Working time of a stage, and a simulation of stages that wait for each other, for measurements and tests of the
+relay.
 """
 
 import time
@@ -18,17 +18,17 @@ class Clock:
 
     @property
     def elapsed(self) -> float:
-        """Seconds from the first work's begin to the last one's end."""
+        """Seconds from the beginning of the first work to the end of the last one."""
         assert self.began is not None, "nothing was timed"
         return self.ended - self.began
 
     @property
     def idle_share(self) -> float:
-        """The part of it without work."""
+        """Share of the elapsed time without work."""
         return 1 - self.busy / self.elapsed
 
     def timed(self, work: Callable[..., Any], at_least: float = 0.0) -> Callable[..., Any]:
-        """`work`, made to last `at_least` so many seconds."""
+        """Returns `work`, made to last `at_least` this many seconds."""
 
         def padded(*args: Any) -> Any:
             began = time.perf_counter()
@@ -42,9 +42,9 @@ class Clock:
 
 
 class DrainingWork(ExitTrainer):
-    """Lets every stage wait for the last one at the end of a step."""
+    """Makes every stage wait for the last one at the end of a step."""
 
     def end_step(self, *args: Any) -> None:
-        """As ExitTrainer's, and then waits."""
+        """Does ExitTrainer's work, and then waits."""
         super().end_step(*args)
         self._topology.barrier()

@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 
 INK, MUTED = "#1f2430", "#5b6478"
 SHADES = ("#fde3a7", "#a6dba0", "#7fb8e6")
-"""Behind tokens of the first, second and third exit; tokens of the final head have no colour."""
+"""Colours behind tokens of the first, second and third exit; tokens of the final head have none."""
 LINE = 0.105
 """Height of a line, as a share of the panel's."""
 
@@ -33,14 +33,14 @@ def draw(report: dict[str, Any], path: Path) -> None:
         1, 2, figsize=(10.5, 3.8), dpi=72, width_ratios=(1.3, 1), constrained_layout={"w_pad": 0.15}
     )
     draw_speed(speed, report)
-    figure.draw_without_rendering()  # settles the panels' sizes, which lines are broken by
+    figure.draw_without_rendering()  # fixes the panels' sizes, on which line breaks depend
     draw_text(text, report)
     figure.savefig(path, dpi=72, metadata={"Date": None})
     plt.close(figure)
 
 
 def draw_text(axes: Axes, report: dict[str, Any]) -> None:
-    """The sample answer, broken into lines between words, and a legend."""
+    """Draws the sample answer, broken into lines between words, and a legend."""
     layers = [layer for layer in report["exit_layers"] if layer < report["num_layers"]]
     colours = dict(zip(layers, SHADES, strict=True))
     axes.set_axis_off()
@@ -65,7 +65,7 @@ def draw_text(axes: Axes, report: dict[str, Any]) -> None:
 
 
 def words_of(parts: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
-    """Tokens in groups that begin with a blank: a line may be broken before each."""
+    """Returns tokens in groups that begin with a blank: a line may be broken before each group."""
     words: list[list[tuple[str, int]]] = []
     for text, layer in parts:
         if text.startswith(" ") or not words:
@@ -75,10 +75,10 @@ def words_of(parts: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
 
 
 def width(axes: Axes, text: str) -> float:
-    """The width of `text`, as a share of the panel's."""
+    """Returns the width of `text`, as a share of the panel's."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    # Blanks at the ends have no extent of their own.
+    # Blanks at the ends have no extent.
     drawn = [axes.text(0, 0, shown) for shown in (f"|{text}|", "||")]
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     wide, bars = (each.get_window_extent(renderer).width for each in drawn)
@@ -97,7 +97,7 @@ def put_token(axes: Axes, x: float, y: float, wide: float, text: str, colour: st
 
 
 def draw_speed(axes: Axes, report: dict[str, Any]) -> None:
-    """Score against speed-up, a point with its intervals for each policy."""
+    """Draws score against speed-up, a point with its intervals for each policy."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.axhline(100, color=MUTED, linewidth=0.8, linestyle=":")
     axes.plot([1], [100], "s", color=MUTED)

@@ -1,14 +1,14 @@
-"""Everything that wants a GPU, in prepared stages, for a machine that is at hand for minutes. docs/gpu.md tells what
-each stage tells.
+"""All checks that need a GPU, in prepared stages, for a machine that is available for minutes. docs/gpu.md describes
+each stage.
 
     python tools/gpu_check.py 1 --json stage1.json --budget 240
     python tools/gpu_check.py 2 3 --json stages.json --budget 660
     python tools/gpu_check.py 1 2 3 4 5 --json rehearsal.json --budget 600 --tiny --device cpu
 
-Each stage is a list of checks. A check that fails leaves its traceback in OUT and the others go on; one for which too
-little time is left is left out; OUT is written after every one, and the process ends by itself within its budget. What
-libraries print goes to OUT.log. A table comes last. The exit code is 0 where no check failed (a goal of speed that is
-missed is no failure), 1 where one did, 3 where the time was over first.
+Each stage is a list of checks. If a check fails, its traceback is written to OUT and the others continue; a check is
+skipped if too little time is left. OUT is written after every check, and the process ends by itself within its budget.
+Output of libraries goes to OUT.log. A table comes last. The exit code is 0 if no check failed (a missed goal of speed
+is no failure), 1 if one did, 3 if the time was over first.
 """
 
 import argparse
@@ -22,7 +22,7 @@ TOOLS = Path(__file__).parent
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the stages; the exit code."""
+    """Runs the stages, and returns the exit code."""
     options = _options(arguments)
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(
     numbers: list[int], out: Path, budget: float, device: str, scratch: Path, *, is_tiny: bool, is_inline: bool = False
 ) -> int:
-    """The stages `numbers`, as `main` has it."""
+    """Runs the stages `numbers`, and returns the exit code."""
     from gpu_stages import decoding, layers, right, shared_gpu, tuning
     from gpu_stages.bench import Bench
     from gpu_stages.checks import Check, run_checks
@@ -63,7 +63,7 @@ def run(
     bench = Bench(device, scratch, out.parent, is_tiny=is_tiny, is_inline=is_inline)
     report = Report(out, facts_of(bench.device, numbers, is_tiny))
 
-    terminal = sys.stdout  # while a check runs, it is the log
+    terminal = sys.stdout  # stdout is the log while a check runs
 
     def at_end(stack: str) -> None:
         report.cut_off(stack)
@@ -88,7 +88,9 @@ def run(
 
 
 def _keep_apart(out: Path) -> None:
-    """What libraries and child processes print goes to OUT.log; sys.stdout stays what it was, for the checks' lines."""
+    """Redirects the output of libraries and child processes to OUT.log. sys.stdout is still the former output, for the
+    checks' lines.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     with out.with_name(out.name + ".log").open("w", encoding="utf-8") as log:

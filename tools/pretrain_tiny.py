@@ -2,9 +2,9 @@
 
     python tools/pretrain_tiny.py --output examples/tiny-python-llama --steps 4000
 
-Every Python installation carries the text it learns from. The folder it writes is a plain Hugging Face model with a
-model card that records data, steps, seed and held-out loss. The learning rate warms up, stays constant, and falls to
-zero over the last fifth; `--resume` continues from the last evaluation, also with another `--steps`.
+Every Python installation contains its training text. The output folder is a plain Hugging Face model with a model card
+that records data, steps, seed and held-out loss. The learning rate warms up, stays constant, and falls to zero over the
+last fifth; `--resume` continues from the last evaluation, also with another `--steps`.
 """
 
 import argparse
@@ -27,8 +27,8 @@ END_OF_TEXT_ID = 256
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, whose id is the byte; 256 ends a document. Built on a BPE without merges, so that
-    AutoTokenizer loads it.
+    """Builds a tokenizer with one token per byte, whose id is the byte; 256 ends a document. Built on a BPE without
+    merges, so that AutoTokenizer loads it.
     """
     # The ByteLevel alphabet: printable bytes stand for themselves, the others for code points from 256 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -48,7 +48,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def stream(files: dict[str, bytes]) -> Tensor:
-    """The files one after the other, each closed by the end-of-text token. [n] int16"""
+    """Returns the files one after the other, each closed by the end-of-text token. [n] int16"""
     end = torch.tensor([END_OF_TEXT_ID], dtype=torch.int16)
     parts = [
         part
@@ -60,7 +60,9 @@ def stream(files: dict[str, bytes]) -> Tensor:
 
 
 def batches(tokens: Tensor, batch_size: int, seq_length: int, seed: int) -> Iterator[Tensor]:
-    """Endless [b, s] int64 windows that cover the stream once an epoch, at a new random offset and order each time."""
+    """Yields [b, s] int64 windows endlessly. They cover the stream once an epoch, at a new random offset and order each
+    time.
+    """
     rng = torch.Generator().manual_seed(seed)
     while True:
         offset = int(torch.randint(seq_length, (1,), generator=rng))
@@ -72,13 +74,13 @@ def batches(tokens: Tensor, batch_size: int, seq_length: int, seed: int) -> Iter
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int = 100) -> float:
-    """Warm-up, plateau, and a linear fall to zero over the last fifth."""
+    """Returns the factor: warm-up, plateau, and a linear fall to zero over the last fifth."""
     return min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / (0.2 * steps)))
 
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, tokens: Tensor, seq_length: int, num_windows: int = 96) -> float:
-    """Mean negative log-likelihood in nats per byte over evenly spaced held-out windows."""
+    """Returns the mean negative log-likelihood in nats per byte over evenly spaced held-out windows."""
     model.eval()
     starts = torch.linspace(0, len(tokens) - seq_length, num_windows).long()
     windows = torch.stack([tokens[s : s + seq_length].long() for s in starts])
@@ -88,7 +90,7 @@ def held_out_loss(model: LlamaForCausalLM, tokens: Tensor, seq_length: int, num_
 
 
 def optimizers_for(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices of the layers, AdamW on embeddings and norms."""
+    """Returns Muon for the matrices of the layers, and AdamW for embeddings and norms."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
     rest = [p for name, p in model.named_parameters() if p.dim() != 2 or ".layers." not in name]
     return [
@@ -98,7 +100,7 @@ def optimizers_for(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path, facts: dict) -> None:
-    """The Hugging Face folder, its facts as JSON, and its model card."""
+    """Writes the Hugging Face folder, its facts as JSON, and its model card."""
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     for path in output.iterdir():

@@ -14,7 +14,7 @@ FILE_LINES, FUNCTION_LINES, FOLDER_FILES = 350, 50, 20
 
 
 def long_functions(path: Path) -> list[tuple[int, str]]:
-    """(lines, "FILE:LINE NAME") of each function of `path` that is longer than a screen."""
+    """Returns (lines, "FILE:LINE NAME") of each function of `path` that is longer than a screen."""
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = [((node.end_lineno or node.lineno) - node.lineno + 1, node) for node in functions]

@@ -32,14 +32,14 @@ def on_files(files: Any, config: Any, **_: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The page with links of the site."""
+    """Returns the page with links of the site."""
     place = page.file.src_uri
     sources = {page: source for source, page in PAGES.items()}
     return with_links(markdown, sources.get(place, f"docs/{place}"))
 
 
 def with_links(markdown: str, source: str) -> str:
-    """`markdown` of the repository's file `source`, with links of the site."""
+    """Returns `markdown` of the repository's file `source`, with links of the site."""
     return _LINK.sub(lambda match: _link(match["text"], match["target"], source), markdown)
 
 

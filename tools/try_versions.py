@@ -1,4 +1,4 @@
-"""Runs the fast tests under other versions of what this package is built on, and keeps the record in docs/versions.md.
+"""Runs the fast tests under other versions of this package's dependencies, and keeps the record in docs/versions.md.
 
 `python tools/try_versions.py` tries every set whose Python is installed, one after the other (gigabytes and half an
 hour each), `python tools/try_versions.py NAME …` some of them. Each set gets a virtual environment in build/versions,
@@ -29,11 +29,11 @@ TESTS = {
         "tests/parity/test_backbone.py",
     ],
 }
-"""Column -> what pytest is given: `make test-fast`, and the files that go through most of Megatron-core."""
+"""Column -> arguments of pytest: `make test-fast`, and the files that go through most of Megatron-core."""
 
 
 class Versions(NamedTuple):
-    """A set of versions that users may have together. An empty string stands for what pip chooses."""
+    """A set of versions that users may have together. An empty string stands for pip's own choice."""
 
     python: str
     torch: str
@@ -82,7 +82,7 @@ def main() -> int:
 
 
 def tried(name: str, versions: Versions, *, keeps: bool) -> tuple[list[str], list[str]]:
-    """Returns the row of the record, and the lines of what failed."""
+    """Returns the row of the record, and the lines of failed tests."""
     folder = FOLDER / name
     python = install(folder, versions)
     row, failures = [name, *installed(python)], list[str]()
@@ -131,7 +131,7 @@ def write_row(row: list[str]) -> None:
     lines = RECORD.read_text(encoding="utf-8").split("\n") if RECORD.exists() else []
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in lines if re.match(r"\| (\w|[-.])+ \| \d", line)}
     rows[row[0]] = "| " + " | ".join(row) + " |"
-    notes = "\n".join(lines).partition("\n## ")[1:]  # what was written by hand beneath the table
+    notes = "\n".join(lines).partition("\n## ")[1:]  # text written by hand beneath the table is kept
     order = [*(name for name in SETS if name in rows), *(name for name in rows if name not in SETS)]
     RECORD.write_text(_HEAD + "\n".join(rows[name] for name in order) + "\n" + "".join(notes), encoding="utf-8")
 

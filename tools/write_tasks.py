@@ -64,7 +64,7 @@ americium, Cm curium, Bk berkelium, Cf californium, Es einsteinium, Fm fermium, 
 
 
 def facts() -> list[dict[str, object]]:
-    """Questions of one turn, mixed: the capitals of countries, and the elements behind chemical symbols."""
+    """Returns questions of one turn, mixed: the capitals of countries, and the elements behind chemical symbols."""
     lines = list[dict[str, object]]()
     for entry in " ".join(CAPITALS.split()).split("; "):
         country, _, names = entry.rpartition(": ")
@@ -81,7 +81,9 @@ def _asked(question: str, answers: list[str], name: str) -> dict[str, object]:
 
 
 def python_lines() -> list[dict[str, object]]:
-    """What follows "return" in held-out files of the standard library, six lines before it given."""
+    """Returns prompts of six lines that end with "return", from held-out files of the standard library, and the rest of
+    the line as answer.
+    """
     found = list[dict[str, object]]()
     for name, source in sorted(sample_corpus()[1].items()):
         lines = source.decode(errors="replace").split("\n")
@@ -103,7 +105,7 @@ def python_lines() -> list[dict[str, object]]:
 
 
 def write(path: Path, lines: list[dict[str, object]]) -> None:
-    """A task file."""
+    """Writes a task file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(to_json(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     print(f"wrote {path}: {len(lines)} prompts")

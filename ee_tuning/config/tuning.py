@@ -63,9 +63,9 @@ class TuningSection:
     from forward_kl to total_variation as more of a token's probability agrees (arXiv 2602.23881).
     """
     teacher: Literal["auto", "hidden", "top_k"] = "auto"
-    """How the final head's distribution is sent to the stages: hidden (its input states; exact; every stage with exits
-    then holds the output matrix), or its top_k likeliest tokens and the total mass of the others. auto: hidden where
-    all exits are tied to the output matrix, else top_k.
+    """Form in which the final head's distribution is sent to the stages: hidden (its input states; exact; every stage
+    with exits then holds the output matrix), or its top_k likeliest tokens and the total mass of the others. auto:
+    hidden where all exits are tied to the output matrix, else top_k.
     """
     teacher_top_k: int = 64
     """Number of tokens that the teacher top_k sends."""
@@ -82,7 +82,7 @@ class TuningSection:
     loss_weight_preset: Literal["uniform", "depth"] = "uniform"
     """uniform: 1 for every exit. depth: its layer divided by the deepest exit's."""
     loss_weight_style: Literal["constant", "linear", "cosine"] = "constant"
-    """How the weights rise from zero over the first steps."""
+    """Form of the weights' rise from zero over the first steps."""
     loss_weight_warmup_fraction: float = 0.1
     """Share of train_iters over which they rise."""
     compare_final: bool = False
@@ -98,10 +98,10 @@ class TuningSection:
     loss_chunk_tokens: int = 1024
     """Tokens whose logits exist at one time."""
     trainable: str = "heads"
-    """What is trained. heads: the exits alone; the model is frozen and has no backward pass. lora: low-rank matrices
-    beside the layers' linear maps, too (arXiv 2106.09685). mlp: the layers' MLPs, too. last:K: the last K layers and
-    the final norm, too. backbone: all layers and the final norm, too. half: of these, half of the matrices of each
-    kind, the others frozen (HFT, arXiv 2404.18466). Embedding and output matrix stay as they are.
+    """Weights that are trained. heads: the exits alone; the model is frozen and has no backward pass. lora: low-rank
+    matrices beside the layers' linear maps, too (arXiv 2106.09685). mlp: the layers' MLPs, too. last:K: the last K
+    layers and the final norm, too. backbone: all layers and the final norm, too. half: of these, half of the matrices
+    of each kind, the others frozen (HFT, arXiv 2404.18466). Embedding and output matrix stay as they are.
     """
     half_steps: int = 0
     """Optimizer steps after which trainable = half chooses another half; 0: one half for the whole run."""

@@ -1,4 +1,4 @@
-"""What the checks share: the device, its ceilings, a folder, and a way to ask a process that sees no GPU."""
+"""Shared parts of the checks: the device, its measured limits, a folder, and calls in a process without a GPU."""
 
 import gc
 import os
@@ -26,11 +26,11 @@ sys.path += [str(ROOT / "benchmarks")]
 
 
 class Bench:
-    """Of one run of `gpu_check.py`."""
+    """Device, folders and processes of one run of `gpu_check.py`."""
 
     def __init__(self, device: str, scratch: Path, results: Path, *, is_tiny: bool, is_inline: bool = False) -> None:
-        """`scratch` goes away, files in `results` stay. With `is_inline` nothing starts a process, so that a test takes
-        seconds.
+        """`scratch` is removed at the end, `results` stays. With `is_inline` no process is started, so that a test
+        takes seconds.
         """
         self.device, self.scratch, self.results = torch.device(device), scratch, results
         self.is_tiny, self.is_inline = is_tiny, is_inline
@@ -38,16 +38,16 @@ class Bench:
         self._asked: dict[Any, Future[Any]] = {}
         self._num_folders = 0
         self.stages: Callable[..., list[Any]] | None = None
-        """Calls a function on two stages that are there already, as tests have them, in place of two new processes."""
+        """Calls a function on two existing stages, as tests have them, instead of two new processes."""
 
     @property
     def is_cuda(self) -> bool:
-        """Whether there is a GPU to look at."""
+        """Whether the checks run on a GPU."""
         return self.device.type == "cuda"
 
     @property
     def topology(self) -> Topology:
-        """This process alone, in a world of its own."""
+        """The topology of this process alone."""
         return init_parallel(ParallelSection())
 
     @cached_property
@@ -66,7 +66,7 @@ class Bench:
         return 2 * size**3 / self.seconds(lambda: torch.mm(one, other, out=out))
 
     def seconds(self, function: Callable[[], Any], repeats: int = 10) -> float:
-        """Median over `repeats` calls, after three that are not counted. Each is waited for."""
+        """Returns the median over `repeats` calls, after three that are not counted. Each call is waited for."""
         taken = []
         for _ in range(3 + (1 if self.is_tiny else repeats)):
             self.wait()
@@ -77,20 +77,20 @@ class Bench:
         return statistics.median(taken[3:])
 
     def wait(self) -> None:
-        """Until the device has done everything."""
+        """Waits until the device is idle."""
         if self.is_cuda:
             torch.cuda.synchronize()
 
     def folder(self) -> Path:
-        """A new one."""
+        """Creates a new folder."""
         self._num_folders += 1
         made = self.scratch / str(self._num_folders)
         made.mkdir()
         return made
 
     def without_gpu(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """`function` of a module of these, called with `arguments` in a process that sees no GPU, while this one goes
-        on. Asked once.
+        """Calls `function` of one of these modules with `arguments` in a process without a GPU, while this process
+        continues. Equal calls are made once.
         """
         key = (function, *map(repr, arguments))
         if key not in self._asked:
@@ -100,7 +100,7 @@ class Bench:
         return self._asked[key]
 
     def command(self, *arguments: object) -> str:
-        """What `ee-tuning` prints. Raises where its exit code is not 0."""
+        """Runs `ee-tuning` and returns its output. Raises RuntimeError where its exit code is not 0."""
         words = [str(each) for each in arguments]
         if self.is_inline:
             return _in_process(words)
@@ -116,16 +116,16 @@ class Bench:
         return done.stdout
 
     def tidy(self) -> None:
-        """Frees what a check left: modules hold each other in cycles."""
+        """Frees the memory of a check: modules refer to each other in cycles."""
         if self.is_cuda:
             gc.collect()
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """Ends what was started."""
+        """Ends all started processes."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-            for child in active_children():  # the interpreter would wait for them at its end
+            for child in active_children():  # otherwise the interpreter waits for them at its end
                 child.kill()
         if dist.is_initialized():
             destroy_parallel()
@@ -143,8 +143,8 @@ class Bench:
 
 
 def in_own_world(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, in a process that is in no world before and after: the one asked before may have left it
-    in one.
+    """Returns `function(*arguments)`, in a process that has joined no world before and after: an earlier call may have
+    left it in one.
     """
     if dist.is_initialized():
         destroy_parallel()
@@ -157,7 +157,7 @@ def in_own_world(function: Callable[..., Any], *arguments: Any) -> Any:
 
 @contextmanager
 def hidden_gpus() -> Iterator[None]:
-    """Processes that are started within it see none."""
+    """Hides all GPUs from processes that are started within the block."""
     name = "CUDA_VISIBLE_DEVICES"
     before = os.environ.get(name)
     os.environ[name] = ""

@@ -1,4 +1,4 @@
-"""What a check is, what it finds, and how checks are run: each within what is left of the time, none ending the
+"""Checks, their findings, and the order in which they run: each one only within the time left, and independently of the
 others.
 """
 
@@ -21,20 +21,20 @@ class Finding:
     value: float | str
     unit: str = ""
     goal: str = ""
-    """What it should be, in words; empty where nobody asks."""
+    """The goal in words; empty without a goal."""
     is_met: bool | None = None
-    """Whether it is; None where nobody asks."""
+    """Whether the goal is met; None without a goal."""
     is_must: bool = False
-    """Whether the check has failed where it is not: of what is right or wrong, not of speed."""
+    """Whether a missed goal fails the check: for correctness, not for speed."""
 
 
 def at_least(what: str, value: float, goal: float, unit: str = "", **more: bool) -> Finding:
-    """A figure that should be no less than `goal`."""
+    """Returns a figure that should be no less than `goal`."""
     return Finding(what=what, value=value, unit=unit, goal=f"≥ {goal:g}", is_met=value >= goal, **more)
 
 
 def at_most(what: str, value: float, goal: float, unit: str = "", **more: bool) -> Finding:
-    """A figure that should be no more than `goal`."""
+    """Returns a figure that should be no more than `goal`."""
     return Finding(what=what, value=value, unit=unit, goal=f"≤ {goal:g}", is_met=value <= goal, **more)
 
 
@@ -43,27 +43,27 @@ class Check(NamedTuple):
 
     name: str
     seconds: float
-    """What it takes on an H100, as far as is known: it is left out where less is left."""
+    """Approximate duration on an H100, as far as known: the check is skipped if less time is left."""
     run: Callable[[Bench], Iterator[Finding]]
 
 
 @dataclass
 class Outcome:
-    """What became of a check."""
+    """The outcome of a check."""
 
     stage: int
     name: str
     state: str = "running"
-    """passed, failed, no time, or cut off: it was still running when the time was over."""
+    """passed, failed, no time (skipped), or cut off (still running when the time was over)."""
     began: float = field(default_factory=time.time)
     seconds: float = 0.0
     findings: list[Finding] = field(default_factory=list)
     error: str = ""
-    """The traceback, where there is one."""
+    """The traceback, if there is one."""
 
     @property
     def line(self) -> str:
-        """For the one who waits."""
+        """One line for the user."""
         missed = [finding.what for finding in self.findings if finding.is_met is False]
         reason = (
             self.error.strip().rpartition("\n")[2][:160]
@@ -75,7 +75,7 @@ class Outcome:
         return f"{self.stage}. {self.name}: {self.state}, {self.seconds:.1f} s{'; ' + reason if reason else ''}"
 
     def tree(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns plain data for JSON."""
         return asdict(self)
 
 
@@ -87,7 +87,7 @@ def run_checks(
     seconds_left: Callable[[], float],
     changed: Callable[[], None],
 ) -> None:
-    """Runs all checks in order, appending to `outcomes`; `changed` is called whenever something is worth keeping."""
+    """Runs all checks in order, and appends to `outcomes`; `changed` is called after every change of them."""
     for stage, checks in stages.items():
         for check in checks:
             outcome = Outcome(stage, check.name)
@@ -104,14 +104,14 @@ def run_checks(
 def _run(check: Check, bench: Bench, outcome: Outcome, changed: Callable[[], None]) -> None:
     began = time.perf_counter()
     try:
-        with redirect_stdout(sys.stderr):  # what commands print is not for the table
+        with redirect_stdout(sys.stderr):  # the output of commands does not belong in the table
             for finding in check.run(bench):
                 outcome.findings.append(finding)
                 changed()
         outcome.state = (
             "failed" if any(each.is_must and each.is_met is False for each in outcome.findings) else "passed"
         )
-    except Exception:  # the others are worth knowing all the same
+    except Exception:  # the other checks run all the same
         outcome.state, outcome.error = "failed", traceback.format_exc()
     outcome.seconds = time.perf_counter() - began
     bench.tidy()

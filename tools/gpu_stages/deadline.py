@@ -1,4 +1,4 @@
-"""The end of the time: whatever hangs by then, the record is written and the process gone."""
+"""The end of the available time: the record is written then, and the process ends, even if a call hangs."""
 
 import faulthandler
 import os
@@ -10,14 +10,14 @@ from collections.abc import Callable
 from multiprocessing import active_children
 
 CUT_OFF = 3
-"""Exit code of a process whose time was over."""
+"""Exit code of a process that has exceeded its time."""
 MARGIN = 6.0
-"""Seconds before the end at which it is written down what there is."""
+"""Seconds before the end at which the record is written."""
 
 
 class Deadline:
-    """`budget` seconds from now on. `at_end` is called, from a thread, with the stack of the main thread, if it comes
-    to that.
+    """A deadline `budget` seconds from now. At its end, `at_end` is called from a thread, with the stack of the main
+    thread.
     """
 
     def __init__(self, budget: float, at_end: Callable[[str], None]) -> None:
@@ -25,16 +25,16 @@ class Deadline:
         self._main = threading.get_ident()
         self._is_over = threading.Event()
         threading.Thread(target=self._watch, name="deadline", daemon=True).start()
-        # A call that keeps the interpreter's lock for good leaves no thread a turn; this timer needs none.
+        # If a call never releases the interpreter's lock, no thread runs; this timer needs none.
         faulthandler.dump_traceback_later(budget, exit=True)
 
     @property
     def seconds_left(self) -> float:
-        """Until the record is written whatever runs."""
+        """Seconds until the record is written in any case."""
         return self._end - MARGIN - time.monotonic()
 
     def reached_in_time(self) -> None:
-        """Calls it off."""
+        """Cancels the deadline."""
         self._is_over.set()
         faulthandler.cancel_dump_traceback_later()
 

@@ -16,7 +16,7 @@ from gpu_stages.checks import Check, Finding, at_least
 from gpu_stages.profile import steps_profiled
 
 GOALS = {"full": 0.80, "fixed": 0.75}
-"""Share of bytes ÷ bandwidth at batch 1; next 0.85."""
+"""Share of bytes ÷ bandwidth to reach at batch 1; the next goal is 0.85."""
 TINY = [
     "--layers",
     "2",
@@ -42,13 +42,13 @@ TINY = [
 
 
 def ceilings(bench: Bench) -> Iterator[Finding]:
-    """What this card's memory and matrix units do, with nothing of ours."""
+    """Measures the rates of this card's memory and matrix units, without code of this project."""
     yield Finding(what="a copy reads and writes", value=bench.bandwidth / 1e9, unit="GB/s")
     yield Finding(what="a bfloat16 product of 8192³", value=bench.matrix_rate / 1e12, unit="Tflop/s")
 
 
 def batch_of_one(bench: Bench, kind: str) -> Iterator[Finding]:
-    """Full depth and each fixed exit, as shares of bytes ÷ bandwidth."""
+    """Measures full depth and each fixed exit, as shares of bytes ÷ bandwidth."""
     model, options = _model(bench)
     ways = {"full": FULL, **{f"fixed {layer}": Policy(fixed_exit=layer) for layer in options.exits}}
     for way, policy in ways.items():
@@ -62,7 +62,7 @@ def batch_of_one(bench: Bench, kind: str) -> Iterator[Finding]:
 
 
 def batches(bench: Bench) -> Iterator[Finding]:
-    """Full depth, threshold and speculation at batch 1, 8, 32 and 128."""
+    """Measures full depth, threshold and speculation at batch 1, 8, 32 and 128."""
     from decoding_gpu import policies_of
 
     model, options = _model(bench)
@@ -77,7 +77,7 @@ def batches(bench: Bench) -> Iterator[Finding]:
 
 
 def long_context(bench: Bench) -> Iterator[Finding]:
-    """Full depth at batch 1 behind a prompt of 3000 tokens, keys and values counted among the bytes."""
+    """Measures full depth at batch 1 behind a prompt of 3000 tokens. Keys and values count among the bytes."""
     model, options = _model(bench)
     if not bench.is_tiny:
         options.prompt_tokens, options.rounds = 3000, 1
@@ -90,8 +90,8 @@ def long_context(bench: Bench) -> Iterator[Finding]:
 
 
 def against_transformers(bench: Bench) -> Iterator[Finding]:
-    """`generate` with a static cache, compiled, at batch 1, the same shape and type: a token's time without the
-    prompt's.
+    """Compares with `generate` of transformers with a static cache, compiled, at batch 1, for the same shape and dtype.
+    Times are per token, without the prompt's.
     """
     model, options = _model(bench)
     ours = _measured(bench, model, 1, "full", FULL, "yes", options)
@@ -116,7 +116,7 @@ def against_transformers(bench: Bench) -> Iterator[Finding]:
         return time.perf_counter() - began
 
     long, short = options.new_tokens, options.new_tokens // 4
-    for count in (long, short, long):  # what is compiled is compiled here
+    for count in (long, short, long):  # compiles what is not compiled yet
         seconds(count)
     step = (min(seconds(long) for _ in range(2)) - min(seconds(short) for _ in range(2))) / (long - short)
     yield Finding(what="transformers, static cache, compiled", value=1000 * step, unit="ms/token")
@@ -124,8 +124,8 @@ def against_transformers(bench: Bench) -> Iterator[Finding]:
 
 
 def profile(bench: Bench) -> Iterator[Finding]:
-    """Where the time of a step at full depth goes: kernels, and what lies between them. Whole in
-    profile_decoding.json.
+    """Profiles a step at full depth: kernels, and the gaps between them. profile_decoding.json holds the whole
+    profile.
     """
     from decoding_gpu import decode, graphs_as, made_engine
 
@@ -159,7 +159,7 @@ def _model(bench: Bench) -> tuple[EarlyExitModel, argparse.Namespace]:
 
 
 def sizes_of(example: str) -> list[str]:
-    """The shape in an example's config.json, as the benchmark's flags have it."""
+    """Returns the shape in an example's config.json, under the names of the benchmark's flags."""
     config = json.loads((ROOT / "examples" / example / "config.json").read_text(encoding="utf-8"))
     named = {
         "layers": "num_hidden_layers",

@@ -1,5 +1,5 @@
-"""Stage 5: layers of larger models, as many as fit, against the times that `plan` assumes, and this card against the
-table of GPUs.
+"""Stage 5: as many layers of larger models as fit, compared with the times that `plan` assumes, and this card compared
+with the table of GPUs.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ from gpu_stages.decoding import TINY, sizes_of
 
 SEQUENCE, MICRO_BATCHES = 2048, (1, 4)
 EFFICIENCY = 0.5
-"""What `plan` assumes of a GPU's peak by default."""
+"""Default share of a GPU's peak rate in `plan`."""
 MOST_LAYERS = 16
 
 
 def the_table(bench: Bench) -> Iterator[Finding]:
-    """This card's measured ceilings over its row of the table."""
+    """Compares this card's measured limits with its row of the table."""
     card = _row_of(torch.cuda.get_device_name() if bench.is_cuda else "NVIDIA H100")
     if card is None:
         yield Finding(what="the table of GPUs", value="has no row for this card")
@@ -43,7 +43,7 @@ def the_table(bench: Bench) -> Iterator[Finding]:
 
 
 def times(bench: Bench, example: str) -> Iterator[Finding]:
-    """A layer over whole sequences, as while tuning, and over one token, as while decoding."""
+    """Times a layer over whole sequences, as in tuning, and over one token, as in decoding."""
     from decoding_gpu import measure, parsed, random_llama
 
     options = parsed(
@@ -66,7 +66,7 @@ def times(bench: Bench, example: str) -> Iterator[Finding]:
 
 
 def _flops_of_layer(model: EarlyExitModel, length: int, rows: int) -> int:
-    """Operations of a micro-batch."""
+    """Returns the operations of a micro-batch in a layer."""
     layer, config = model.backbone.layer(1), model.config
     matrices = sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
     heads: Any = torch.empty(rows, config.num_attention_heads, length, config.kv_channels, device="meta")
@@ -78,7 +78,7 @@ def _flops_of_layer(model: EarlyExitModel, length: int, rows: int) -> int:
 
 
 def _row_of(card: str) -> Gpu | None:
-    """The table's, by a name as the driver gives it."""
+    """Returns the row of the table for a card's name, as the driver reports it."""
     joined = card.lower().replace(" ", "")
     return next((gpu for name, gpu in GPUS.items() if name in joined), None)
 

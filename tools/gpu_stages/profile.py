@@ -11,7 +11,7 @@ from gpu_stages.bench import Bench
 
 
 def steps_profiled(function: Callable[[], Any], bench: Bench, num_steps: int) -> dict[str, Any]:
-    """What `function`, of `num_steps` steps, does on the device: time by kernel, the share of it that the device is
+    """Profiles `function`, which takes `num_steps` steps: time by kernel, the share of time in which the device is
     idle, and the longest gaps, in microseconds.
     """
     activities = [torch.profiler.ProfilerActivity.CPU] + (
@@ -32,7 +32,7 @@ def steps_profiled(function: Callable[[], Any], bench: Bench, num_steps: int) ->
 
 
 def of_spans(spans: list[tuple[float, float, str]], num_steps: int) -> dict[str, Any]:
-    """The same, of kernels' (begin, end, name) in microseconds."""
+    """Returns the profile of kernels' (begin, end, name) in microseconds."""
     spans = sorted(spans)
     by_name: dict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()

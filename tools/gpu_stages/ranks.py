@@ -1,4 +1,4 @@
-"""Starts processes that meet as ranks of one world, and waits for what they found, for no longer than is allowed."""
+"""Starts processes that join one world as its ranks, and waits for their results for a limited time."""
 
 import faulthandler
 import json
@@ -23,8 +23,8 @@ def run_ranks(
     seconds: float,
     environment: dict[str, str],
 ) -> list[Any]:
-    """What `function(*arguments)` of a module returns on each of `size` ranks, as JSON has it. `environment` is theirs
-    besides.
+    """Returns the result of a module's `function(*arguments)` on each of `size` ranks, read back from JSON.
+    `environment` is added to theirs.
 
     Raises RuntimeError with the traceback of every rank that failed, or the stacks of those that hang after `seconds`.
     """
@@ -36,7 +36,7 @@ def run_ranks(
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        # A machine whose name leads nowhere has no other address to meet at.
+        # If the machine's name can not be resolved, the ranks have no other address to meet at.
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         **environment,
@@ -84,7 +84,7 @@ def _work(
     partial.write_text(json.dumps(told), encoding="utf-8")
     partial.rename(path)
     sys.stderr.flush()
-    os._exit(0)  # groups whose other ranks are gone would be waited for
+    os._exit(0)  # otherwise the ranks wait for groups whose other ranks are gone
 
 
 def _stacks(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The record of a run: OUT, replaced whole whenever something is known, and a table for the end."""
+"""The record of a run: OUT, which is replaced as a whole after each change, and a final table."""
 
 import os
 import threading
@@ -12,11 +12,11 @@ from ee_tuning.json_file import to_json
 from gpu_stages.checks import Finding, Outcome
 
 LONGEST_TABLE = 60
-"""Lines: some machines send back no more than the end of what a command prints."""
+"""Most lines of the table: some machines return only the end of a command's output."""
 
 
 class Report:
-    """Of one run. Any thread may ask."""
+    """The record of one run. Any thread may use it."""
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self.outcomes: list[Outcome] = []
@@ -35,14 +35,14 @@ class Report:
             os.replace(partial, self._path)
 
     def cut_off(self, stack: str) -> None:
-        """Notes of the check that runs that its time is over, and where it is."""
+        """Records that the time of the running check is over, and where it was."""
         for outcome in self.outcomes:
             if outcome.state == "running":
                 outcome.state, outcome.error = "cut off", f"{stack}its time was over, here"
                 outcome.seconds = time.time() - outcome.began
 
     def table(self) -> str:
-        """All findings, or those that have a goal where all would be too many; and what failed."""
+        """Returns all findings, or only those with a goal if all are too many; and the failed checks."""
         rows = [(outcome, finding) for outcome in self.outcomes for finding in outcome.findings]
         failed = [outcome.line for outcome in self.outcomes if outcome.state != "passed"]
         room = LONGEST_TABLE - 6 - len(failed[:15])
@@ -62,12 +62,12 @@ class Report:
 
     @property
     def has_failed(self) -> bool:
-        """Whether any check failed, or could not be ended."""
+        """Whether any check failed or was cut off."""
         return any(outcome.state in ("failed", "cut off") for outcome in self.outcomes)
 
 
 def facts_of(device: torch.device, stages: list[int], is_tiny: bool) -> dict[str, Any]:
-    """What is to be told with the figures."""
+    """Returns facts about the run: device, date, versions."""
     import transformers
 
     found = {

@@ -1,4 +1,4 @@
-"""Stage 1: it runs, and is right."""
+"""Stage 1: correctness."""
 
 import json
 import os
@@ -36,7 +36,7 @@ GPU_TESTS = ROOT / "tests" / "gpu"
 
 
 def tests_for_gpus(bench: Bench, folder: Path = GPU_TESTS) -> Iterator[Finding]:
-    """tests/gpu, several at a time where pytest-xdist is there: most of their time is that of starting processes."""
+    """Runs tests/gpu, several at a time if pytest-xdist is installed: most of their time goes to starting processes."""
     if bench.is_inline and folder == GPU_TESTS:
         folder = bench.folder()
         (folder / "test_nothing.py").write_text("def test_nothing():\n    pass\n", encoding="utf-8")
@@ -73,7 +73,7 @@ def tests_for_gpus(bench: Bench, folder: Path = GPU_TESTS) -> Iterator[Finding]:
 
 
 def as_transformers(bench: Bench, dtype: str) -> Iterator[Finding]:
-    """Full depth against transformers' own `generate`, on the same device, prompt by prompt."""
+    """Compares full depth with transformers' own `generate`, on the same device, prompt by prompt."""
     from ee_tuning import EarlyExitLLM
 
     llm = EarlyExitLLM.load(SHIPPED, dtype=dtype)
@@ -82,7 +82,7 @@ def as_transformers(bench: Bench, dtype: str) -> Iterator[Finding]:
         for each in llm.generate(list(_prompts(bench)), max_new_tokens=_num_new(bench), ignore_eos=True, policy="full")
     ]
     theirs = _of_transformers(bench, [llm.encode(prompt) for prompt in _prompts(bench)], dtype)
-    # In bfloat16 logits tie often, and all that follows such a token is another text.
+    # In bfloat16 logits often tie, and the text after such a token differs.
     yield at_least(
         f"tokens as transformers', {dtype}",
         _same(ours, theirs),
@@ -115,7 +115,7 @@ def _of_transformers(bench: Bench, prompts: list[list[int]], dtype: str) -> list
 
 
 def answers(exits: str, num_new: int, prompts: tuple[str, ...]) -> dict[str, list[list[int]]]:
-    """By policy: token ids after each prompt, in float32, on the device that this process sees."""
+    """Returns, by policy, the token ids after each prompt, in float32, on the device that this process sees."""
     from ee_tuning import EarlyExitLLM
 
     llm = EarlyExitLLM.load(SHIPPED, exits, dtype="float32")
@@ -128,7 +128,7 @@ def answers(exits: str, num_new: int, prompts: tuple[str, ...]) -> dict[str, lis
 
 
 def as_the_cpu(bench: Bench, graphs: str) -> Iterator[Finding]:
-    """Every policy against the CPU's tokens in float32, with CUDA graphs as EE_TUNING_GRAPHS says."""
+    """Compares every policy with the CPU's tokens in float32, with CUDA graphs as EE_TUNING_GRAPHS says."""
     exits = _exits(bench)
     asked = (str(exits), _num_new(bench), _prompts(bench))
     wanted = bench.without_gpu(answers, *asked)
@@ -146,14 +146,16 @@ def as_the_cpu(bench: Bench, graphs: str) -> Iterator[Finding]:
 
 
 def losses(folder: str, num_steps: int, seq_length: int, fit_tokens: int) -> list[dict[str, float]]:
-    """By step, of each exit: a tuning run of the shipped model in float32, on the device that this process sees."""
+    """Returns the losses of each exit by step: a tuning run of the shipped model in float32, on the device that this
+    process sees.
+    """
     config = tuning_job(folder, num_steps, seq_length, **{"tuning.fit_tokens": fit_tokens})
     tune_within(config, init_parallel(config.parallel))
     return train_losses(Path(folder))
 
 
 def train_losses(run_folder: Path) -> list[dict[str, float]]:
-    """By step, of each exit, from the record of a run."""
+    """Returns the losses of each exit by step, from the record of a run."""
     records = [
         json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line
     ]
@@ -161,7 +163,7 @@ def train_losses(run_folder: Path) -> list[dict[str, float]]:
 
 
 def tunes_as_the_cpu(bench: Bench) -> Iterator[Finding]:
-    """Twenty steps whose losses are the CPU's."""
+    """Compares the losses of twenty steps with the CPU's."""
     sizes = (2, 32, 1000) if bench.is_tiny else (20, 256, 0)
     asked = bench.without_gpu(losses, str(bench.folder()), *sizes)
     found = losses(str(bench.folder()), *sizes)
@@ -171,7 +173,7 @@ def tunes_as_the_cpu(bench: Bench) -> Iterator[Finding]:
 
 
 def from_convert_to_export(bench: Bench) -> Iterator[Finding]:
-    """convert, export --check and verify by the command line, as a user would."""
+    """Runs convert, export --check and verify by the command line, as a user would."""
     folder = bench.folder()
     job = ("--model", SHIPPED, "--dtype", "float32")
     bench.command("convert", *job, "--exit-layers", "6", "--output", folder / "exits")
@@ -186,7 +188,7 @@ def from_convert_to_export(bench: Bench) -> Iterator[Finding]:
 
 
 def tuning_job(folder: str, num_steps: int, seq_length: int, **more: Any) -> Config:
-    """A run of the shipped model in float32 on this project's own sources."""
+    """Returns a tuning job for the shipped model in float32 on this project's own sources."""
     return load_config(
         None,
         {
@@ -208,7 +210,7 @@ def tuning_job(folder: str, num_steps: int, seq_length: int, **more: Any) -> Con
 
 
 def _exits(bench: Bench) -> Path:
-    """Heads copied from the shipped model, made once."""
+    """Returns heads copied from the shipped model, made once."""
     folder = bench.scratch / "shipped_exits"
     if not folder.exists():
         config = load_config(
@@ -227,7 +229,7 @@ def _num_new(bench: Bench) -> int:
 
 
 def _same(some: list[list[int]], others: list[list[int]]) -> float:
-    """Share of the tokens that come before the first difference of their sequence."""
+    """Returns the share of tokens before the first difference within their sequence."""
     same = 0
     for one, other in zip(some, others, strict=True):
         same += next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))

@@ -21,14 +21,14 @@ PROMPTS = ("def main():\n", "class Reader:\n    def __init__(self")
 
 
 def pass_states(shape: tuple[int, int, int], num_microbatches: int) -> dict[str, Any]:
-    """Micro-batches of known content down the relay, with work for the device in between; what the last stage held of
-    them.
+    """Sends micro-batches of known content down the relay, with work for the device in between. Returns the values that
+    the last stage received.
     """
     topology = init_parallel(ParallelSection(pipeline_model_parallel_size=2))
     relay, held = Relay(topology, shape, torch.bfloat16), []
     work = torch.full(
         (shape[2], shape[2]), 1 / shape[2], device=topology.device, dtype=torch.bfloat16
-    )  # of ones it makes ones
+    )  # maps ones to ones
     began = time.perf_counter()
     next_action, index = NextAction.NEXT, 0
     while next_action is not NextAction.END:
@@ -52,14 +52,14 @@ def pass_states(shape: tuple[int, int, int], num_microbatches: int) -> dict[str,
 
 
 def _worked(hidden: torch.Tensor, work: torch.Tensor) -> torch.Tensor:
-    """The same numbers, once the device has had something to do."""
+    """Returns the same numbers after some work of the device."""
     for _ in range(4):
         hidden = (hidden @ work).round_()
     return hidden
 
 
 def tuned_and_decoded(folder: str, num_stages: int, num_steps: int, seq_length: int, num_new: int) -> dict[str, Any]:
-    """Losses of a tuning run over the stages, and what every policy says with the heads it began with."""
+    """Returns the losses of a tuning run over the stages, and the tokens of every policy with the initial heads."""
     parallel = {"parallel.pipeline_model_parallel_size": num_stages}
     config = tuning_job(folder, num_steps, seq_length, **parallel)
     topology = init_parallel(config.parallel)
@@ -87,7 +87,7 @@ def _said(folder: Path, parallel: dict[str, Any], topology: Topology, num_new: i
 
 
 def relay_of_two(bench: Bench) -> Iterator[Finding]:
-    """The relay by itself: order, content, and no deadlock."""
+    """Checks the relay by itself: order, content, and no deadlock."""
     shape, count = ((8, 1, 32), 5) if bench.is_tiny else ((2048, 1, 4096), 60)
     _, last = _ranks(bench, pass_states, (shape, count))
     yield Finding(what="two processes on", value=last["device"])
@@ -98,7 +98,7 @@ def relay_of_two(bench: Bench) -> Iterator[Finding]:
 
 
 def job_of_two(bench: Bench) -> Iterator[Finding]:
-    """Tuning and decoding over two stages, against one stage in one process that sees the same device."""
+    """Compares tuning and decoding over two stages with one stage in one process that sees the same device."""
     sizes = (2, 32, 4) if bench.is_tiny else (10, 256, 32)
     two, _ = _ranks(bench, tuned_and_decoded, (str(bench.folder()), 2, *sizes))
     one = tuned_and_decoded(str(bench.folder()), 1, *sizes)
@@ -114,7 +114,7 @@ def job_of_two(bench: Bench) -> Iterator[Finding]:
 
 
 def over_nccl(bench: Bench) -> Iterator[Finding]:
-    """NCCL mostly refuses two ranks on one card; that is no failure."""
+    """Tries NCCL with two ranks on one card. NCCL mostly refuses that, which is no failure."""
     if not bench.is_cuda:
         yield Finding(what="NCCL with two ranks on one GPU", value="no GPU")
         return
@@ -138,7 +138,7 @@ def _ranks(
     environment: dict[str, str] | None = None,
     seconds: float = 90,
 ) -> list[Any]:
-    """What the first and the second stage found."""
+    """Returns the results of the first and the second stage."""
     if bench.stages is not None:
         return bench.stages(function, *arguments)
     return run_ranks(function, arguments, bench.folder(), size=2, seconds=seconds, environment=environment or {})

@@ -1,5 +1,5 @@
-"""Stage 3: tuning eight `mlp` exits of a 7B in bfloat16, random, made on the device, against what the matrix units do
-and `plan` says.
+"""Stage 3: tuning of eight `mlp` exits of a random 7B in bfloat16, made on the device, compared with the rate of the
+matrix units and with `plan`.
 """
 
 from collections.abc import Iterator
@@ -29,25 +29,25 @@ from gpu_stages.bench import ROOT, SHIPPED, Bench
 from gpu_stages.checks import Check, Finding, at_least, at_most
 
 RATE_GOAL = 0.50
-"""Share of the matrix rate measured here; next 0.55."""
+"""Share of the measured matrix rate to reach; the next goal is 0.55."""
 DOCUMENT = 300
-"""Tokens of each document, where they are told apart."""
+"""Tokens of each document, where documents are separated."""
 
 
 def planned(keys: dict[str, Any]) -> dict[str, float]:
-    """What `plan` counts of the job: bytes at the worst moment, operations of a micro-batch. In a process without a
-    world.
+    """Returns the figures of `plan` for the job: peak bytes, and operations of a micro-batch. Run it in a process
+    without a world.
     """
     (found,) = profile_ranks(load_config(None, keys), 1)
     return {"bytes": sum(found.memory.values()), "flops": found.layer_flops + found.head_flops}
 
 
 def tokens_per_second(bench: Bench, name: str, changes: dict[str, Any]) -> Iterator[Finding]:
-    """Optimizer steps of the true tuner, and its memory."""
+    """Times optimizer steps of the real tuner, and measures its memory."""
     keys = {**_job(bench), **changes}
     asked = bench.without_gpu(planned, keys)
     if bench.is_inline:
-        asked.result()  # done by now: it may not be imagined beside the world of the run
+        asked.result()  # finish it now: a fake world can not be beside the world of the run
     config, ceiling = load_config(None, keys), bench.matrix_rate
     if bench.is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -63,8 +63,8 @@ def tokens_per_second(bench: Bench, name: str, changes: dict[str, Any]) -> Itera
 
 
 def chunked_loss(bench: Bench) -> Iterator[Finding]:
-    """Time and memory of the loss by chunks against all logits at once, forward and backward, for a small and a large
-    vocabulary.
+    """Compares time and memory of the loss by chunks with those of all logits at once, forward and backward, for a
+    small and a large vocabulary.
     """
     tokens, width = (64, 32) if bench.is_tiny else (8192, 4096)
     for vocabulary in (100, 300) if bench.is_tiny else (32000, 128256):
@@ -78,7 +78,7 @@ def chunked_loss(bench: Bench) -> Iterator[Finding]:
 
 
 def _loss(bench: Bench, tokens: int, width: int, vocabulary: int, chunk: int | None) -> tuple[float, float]:
-    """Seconds, and bytes beside inputs."""
+    """Returns seconds, and bytes beside the inputs."""
     draw: dict[str, Any] = {"device": bench.device, "dtype": torch.bfloat16}
     hidden = torch.randn(tokens, 1, width, **draw).requires_grad_()
     weight = torch.empty(vocabulary, width, **draw).normal_(std=0.02).requires_grad_()
@@ -105,7 +105,7 @@ def _loss(bench: Bench, tokens: int, width: int, vocabulary: int, chunk: int | N
 
 
 def _job(bench: Bench) -> dict[str, Any]:
-    """Keys of the config: the example's shape alone is read, and no weights."""
+    """Returns the keys of the config. Only the example's shape is read, and no weights."""
     model, layers = (SHIPPED, [2, 4]) if bench.is_tiny else (ROOT / "examples" / "llama-2-7b", list(range(4, 33, 4)))
     return {
         "model.path": str(model),
@@ -122,7 +122,7 @@ def _job(bench: Bench) -> dict[str, Any]:
 
 
 def _step(config: Config, topology: Topology) -> Any:
-    """A call of it is an optimizer step."""
+    """Returns a function that takes an optimizer step."""
     sources = shape_sources(config)
     assert sources.exits is not None
     plans = plan_tuning(config, sources.config, sources.exits, topology)
@@ -138,7 +138,7 @@ def _step(config: Config, topology: Topology) -> Any:
 
 @torch.no_grad()
 def _draw(model: EarlyExitModel) -> None:
-    """Random weights, whatever holds them."""
+    """Draws random weights, quantized ones included."""
     for parameter in model.parameters():
         _ = parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=0.02)
     for _, linear in quantized_weights(model.backbone):
@@ -158,9 +158,7 @@ def _samples(config: Config, vocab_size: int) -> Splits:
 
 
 def memory_copies(bench: Bench) -> Iterator[Finding]:
-    """Pinned memory to the device and back, for checkpoints, and what several processes on one card have between
-    them.
-    """
+    """Times copies between pinned memory and the device, which checkpoints and several processes on one card need."""
     if not bench.is_cuda:
         yield Finding(what="copies from pinned memory", value="no GPU")
         return
