@@ -63,7 +63,7 @@ class Row:
     mean_depth: float
     ms_per_step: float
     share_of_limit: float | None
-    """At batch 1, for policies of constant depth."""
+    """Share of the limit at batch 1, for policies of constant depth."""
 
 
 def main() -> None:
