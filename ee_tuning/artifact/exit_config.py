@@ -90,7 +90,7 @@ class ExitHeadsConfig:
 
     @property
     def heads(self) -> tuple[ExitSpec, ...]:
-        """The specification of each exit."""
+        """Specification of each exit."""
         return tuple(
             ExitSpec(
                 layer=layer,

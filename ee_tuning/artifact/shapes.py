@@ -73,8 +73,9 @@ def shape_sources(config: Config) -> Sources:
 
 
 def as_tuned(config: Config, model: ModelConfig | None = None) -> Config:
-    """`config` with what `tune` decides where the job does not: the sequence length, the initialization of new exits,
-    and validations against the final head. Raises InputError where exits.path is no artifact.
+    """Returns `config` with the values that `tune` chooses where the job does not: the sequence length, the
+    initialization of new exits, and validations against the final head. Raises InputError where exits.path is no
+    artifact.
     """
     config = with_drafts_judged(with_seq_length(config, model))
     return config if config.exits.path else replace(config, exits={"init": config.exits.init_of_tune})
@@ -101,8 +102,8 @@ def _with_known_length(config: Config, model: ModelConfig | None) -> Config:
 
 
 def with_drafts_judged(config: Config) -> Config:
-    """`config`, whose validations compare with the final head where a drafting head is tuned: what is accepted of its
-    drafts is what there is to know of it. Raises InputError where exits.path is no artifact.
+    """Returns `config`, with validations that compare with the final head if a drafting head is tuned: only the
+    acceptance of its drafts shows its quality. Raises InputError where exits.path is no artifact.
     """
     path = config.exits.path
     drafts = config.exits.drafts if path is None else read_exit_config(Path(path)).draft is not None

@@ -18,7 +18,7 @@ from ee_tuning.parallel.topology import Topology
 
 
 def plan_tuning(config: Config, model: ModelConfig, exits: ExitHeadsConfig, topology: Topology) -> list[StagePlan]:
-    """Returns what each stage holds during tuning.
+    """Returns the plan of each stage for tuning.
 
     Raises InputError where there are fewer layers than stages, the sequence can not be cut evenly, or tuning.trainable
     can not be done with the model.
@@ -42,7 +42,7 @@ def plan_tuning(config: Config, model: ModelConfig, exits: ExitHeadsConfig, topo
 
 
 def plan_fitting(config: Config, model: ModelConfig, exits: ExitHeadsConfig, topology: Topology) -> list[StagePlan]:
-    """Returns what each stage holds during a fit. Heads have no map and no output matrix then. Raises like
+    """Returns the plan of each stage for a fit. Heads have no map and no output matrix then. Raises like
     `plan_tuning`.
     """
     cuts_sequence = _cuts_sequence(config, topology)
@@ -68,9 +68,7 @@ def plan_fitting(config: Config, model: ModelConfig, exits: ExitHeadsConfig, top
 
 
 def plan_frozen(config: Config, model: ModelConfig, topology: Topology) -> list[StagePlan]:
-    """Returns what each stage holds of a second model that runs beside the one that is tuned. Raises like
-    `plan_tuning`.
-    """
+    """Returns each stage's plan of a second model that runs beside the tuned one. Raises like `plan_tuning`."""
     costs = stage_costs(model, model.num_layers, (), config.tuning.seq_length, trains_heads=False, has_final_head=True)
     return [
         StagePlan(
@@ -89,7 +87,7 @@ def plan_frozen(config: Config, model: ModelConfig, topology: Topology) -> list[
 def plan_generation(
     config: Config, model: ModelConfig, exits: ExitHeadsConfig | None, topology: Topology
 ) -> list[StagePlan]:
-    """Returns what each stage holds during decoding. Raises like `plan_tuning`."""
+    """Returns the plan of each stage for decoding. Raises like `plan_tuning`."""
     costs = stage_costs(
         model, model.num_layers, exits.heads if exits else (), 0, trains_heads=False, has_final_head=True
     )

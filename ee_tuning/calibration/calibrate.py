@@ -144,7 +144,7 @@ def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> ExitObservat
 
 
 def joined(parts: Sequence[ExitObservations]) -> ExitObservations:
-    """Observations of several samples, one part each, as those of one text."""
+    """Joins the observations of several samples, one part each, as those of one text."""
     first = parts[0]
     return ExitObservations(
         {key: torch.cat([each.confidences[key] for each in parts]) for key in first.confidences},

@@ -220,8 +220,8 @@ class _Parsed:
 
 @functools.lru_cache(maxsize=1)
 def _parsed(path: Path, mtime_ns: int) -> _Parsed:
-    """Cached, because parsing a header takes a second and a command opens its model more than once. A changed file is
-    parsed again.
+    """Returns the parsed file. Cached, because parsing a header takes a second and a command opens its model more than
+    once. A changed file is parsed again.
     """
     try:
         import gguf  # noqa: F401

@@ -132,7 +132,7 @@ def front_matter(name: str, library: str, *tags: str) -> list[str]:
 
 
 def shell_word(name: str) -> str:
-    """A model's name as a word of a command."""
+    """Returns a model's name as a word of a command."""
     return name if all(c.isalnum() or c in "-_./" for c in name) else "MODEL_FOLDER"
 
 

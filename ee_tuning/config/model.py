@@ -85,8 +85,8 @@ class ExitsSection:
     """Whether the files of an artifact, and of a model with a manifest, are verified by sha256 before use."""
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
-        """Returns `exit_layers` for a model with `num_layers` layers. Raises InputError where only running the model
-        could tell.
+        """Returns `exit_layers` for a model with `num_layers` layers. Raises InputError where the layers depend on a
+        run of the model.
         """
         if self.drafts and not self.exit_layers:
             return (num_layers,)

@@ -145,7 +145,7 @@ class ChatFormat:
         return _Turn(own, start, self._behind(own, start + len(words)), words)
 
     def _prompt(self, conversation: Conversation, index: int) -> str:
-        """Returns what the model reads before it generates turn `index`."""
+        """Returns the prompt of turn `index`: the text that the model reads before it generates the turn."""
         if index:
             prompt: str = self._render(conversation, conversation.messages[:index], add_generation_prompt=True)
             return prompt

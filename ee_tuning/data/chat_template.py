@@ -85,7 +85,7 @@ class ChatTemplate:
         return own
 
     def render(self, messages: Messages, tools: list[Any] | None = None, **options: Any) -> Any:
-        """Renders `messages`: returns a text, or what `options` ask transformers for.
+        """Renders `messages`: returns a text, or the form that `options` request from transformers.
 
         Raises InputError where there is no template, it is not Jinja, or it refuses the messages or fails on them.
         """
@@ -98,7 +98,7 @@ class ChatTemplate:
             raise InputError(self._shown(error)) from error
 
     def end_of_turn_id(self) -> int | None:
-        """The special token with which the template closes assistant turns, or None.
+        """Returns the special token with which the template closes assistant turns, or None.
 
         It ends an answer even if the model's config does not name it (Llama 3's <|eot_id|> beside <|end_of_text|>).
         """

@@ -105,7 +105,7 @@ class PagedAttention(CapturedAttention):
 
 
 class VarlenAttention(CapturedAttention):
-    """The same kernel where each sequence's places follow one another: FlashAttention 2, which torch brings along."""
+    """The same kernel where each sequence's places follow one another: FlashAttention 2, which torch includes."""
 
     @property
     def num_blocks(self) -> int:

@@ -40,7 +40,7 @@ class DecodeLayer:
         self.is_native = topology.tp == 1 and not layer.is_moe_layer and calls.serves(attention.linear_qkv.weight)
         self.is_recordable = not layer.is_moe_layer and graphs.is_supported(
             topology
-        )  # experts ask the device how many tokens they got
+        )  # experts query the device for their numbers of tokens
         tall = row_major if self.is_native else column_major
         self.qkv, self.qkv_bias = tall(attention.linear_qkv.weight), attention.linear_qkv.bias
         self.proj, self.proj_bias = attention.linear_proj.weight, attention.linear_proj.bias
@@ -130,7 +130,7 @@ class DecodeLayer:
 
     def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, keeps: bool) -> Tensor:
         if self.group is None:
-            if bias is None:  # in place, for a GPU would copy the residual first
+            if bias is None:  # in place, because a GPU would copy the residual first
                 return torch.addmm(residual, x, weight.t()) if keeps else residual.addmm_(x, weight.t())
             return F.linear(x, weight, bias).add_(residual)
         partial = F.linear(x, weight)

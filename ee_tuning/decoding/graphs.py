@@ -48,7 +48,7 @@ class Graph:
         try:
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                made = function()  # libraries make themselves ready at the first call, which can not be recorded
+                made = function()  # libraries initialize at the first call, which can not be captured
             torch.cuda.current_stream(device).wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
             # In memory that no graph works in: a later graph may get the working memory of this one for its outputs.
@@ -77,8 +77,8 @@ def _stream(device: torch.device) -> Any:
 
 @cache
 def _first_graph(device: torch.device) -> Any:
-    """A tiny graph whose memory pool all others share: graphs run one after the other, so the working memory of one is
-    free for the next. It is never freed, because torch does not reuse a pool without graphs.
+    """Returns a tiny graph whose memory pool all others share: graphs run one after the other, so the working memory of
+    one is free for the next. It is never freed, because torch does not reuse a pool without graphs.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):

@@ -81,6 +81,8 @@ class LayerStack:
 
 @made_once
 def _compiled() -> Any:
-    """The compiled layer. Layers of one shape share it for each number of tokens, reach of attention and `keeps`."""
+    """Returns the compiled layer. Layers of one shape share it for each number of tokens, reach of attention and
+    `keeps`.
+    """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(COUNTS))
     return torch.compile(DecodeLayer.__call__, dynamic=False)

@@ -46,7 +46,7 @@ class Costs:
     """The head of each early exit."""
     final_head: Curve
     overhead: float = 0.0
-    """The costs of a step that do not depend on what runs in it."""
+    """Constant part of a step's cost."""
 
     def of_segment(self, number: int, num_tokens: float) -> float:
         """Returns the cost of a pass of `count` tokens, possibly a mean number, through a segment."""

@@ -63,9 +63,9 @@ class DraftProposer:
         room_of: Callable[[Sequence, int], int],
         rate_of: Callable[[Sequence], float] | None = None,
     ) -> None:
-        """Reads the tokens of sequences, all of which are final, and adds drafts where text repeats itself and they
-        bring more than exits do, or more tokens per second than `rate_of` says. `room_of` says how many more tokens
-        there is memory for, up to a number.
+        """Reads the tokens of sequences, all of which are final, and adds drafts where text repeats itself, if they are
+        expected to give more tokens per second than drafts of exits or than `rate_of` returns. `room_of` returns the
+        number of further tokens that there is memory for, up to a limit.
         """
         for sequence in sequences:
             lookup = sequence.lookup = sequence.lookup or PromptLookup()

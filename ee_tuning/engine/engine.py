@@ -40,8 +40,8 @@ from ee_tuning.sampling.params import SamplingParams
 from ee_tuning.sampling.policy import FULL, Policy
 
 MOST_PENDING_AT_STAGE = 4
-"""Tokens of a sequence that may be pending in front of a stage: it computes them while the stages before it go on with
-the next tokens.
+"""Tokens of a sequence that may be pending in front of a stage: it computes them while the stages before it continue
+with the next tokens.
 """
 
 

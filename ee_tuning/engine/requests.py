@@ -1,4 +1,4 @@
-"""Checks requests: one that can not be served is refused at once, and alone."""
+"""Checks of a request, before it enters the engine."""
 
 from ee_tuning.engine.kv_cache import KVCache
 from ee_tuning.errors import InputError

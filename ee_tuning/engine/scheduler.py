@@ -104,7 +104,7 @@ class Scheduler:
             sequence.slot_mapping = self.cache.slot_mapping(sequence.blocks)
 
     def _allocate(self, sequence: Sequence, shared: list[int]) -> bool:
-        """Allocates memory for a sequence behind the `shared` blocks; False where there is too little."""
+        """Allocates memory for a sequence behind the `shared` blocks. Returns False where there is too little."""
         wanted = blocks_for(sequence.limit if sequence.was_preempted else len(sequence.tokens)) - len(shared)
         self.pool.incref(shared)
         # Running sequences must be able to grow; otherwise the next one would be preempted as soon as it is admitted.

@@ -170,12 +170,12 @@ class Sequence:
 
     @property
     def own_layers(self) -> list[int]:
-        """Segments whose heads have a layer of their own that this request may ask."""
+        """Segments whose heads have their own layer and may be asked by this request."""
         return [segment for segment in range(len(self.num_own_computed)) if self.keeps_own(segment)]
 
     @property
     def cached_parts(self) -> frozenset[CachedPart]:
-        """Parts of the network that it needs keys and values in."""
+        """Parts of the network in which it needs keys and values."""
         segments = frozenset(("segment", segment) for segment in range(self.last_segment + 1))
         return segments | {("head", segment) for segment in self.own_layers}
 
@@ -249,7 +249,7 @@ class Sequence:
             self.statistics.num_drafted += 1
 
     def truncate(self, num_tokens: int) -> None:
-        """Forgets the keys and values of tokens past the first `num_tokens`."""
+        """Drops the keys and values of tokens past the first `num_tokens`."""
         self.num_scheduled = min(self.num_scheduled, num_tokens)
         for counts in (self.num_computed, self.num_own_computed):
             for segment, count in enumerate(counts):

@@ -30,7 +30,7 @@ class RowPlan:
     num_new: int = 1
     """Tokens that enter the network in this step."""
     rides: bool = True
-    """Whether its pending tokens may go deeper together with other rows. Drafts wait for their check."""
+    """Most drafts that the step may make and continue with by itself."""
     most_drafts: int = 0
     """Drafts that the step may go on with at once."""
 

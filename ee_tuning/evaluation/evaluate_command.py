@@ -246,7 +246,7 @@ class _Display:
         self._show()
 
     def keep(self, num_prompts: int) -> None:
-        """Adds a stored block of so many prompts."""
+        """Adds a stored block of this many prompts."""
         self._done, self._within = self._done + num_prompts, 0
         self._show()
 

@@ -51,7 +51,7 @@ class TaskItem:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Prompts, and the metric of their completions."""
+    """Prompts, and the metric for them."""
 
     name: str
     metric: Metric
@@ -59,7 +59,7 @@ class Task:
 
     @property
     def text_metric(self) -> TextMetric | None:
-        """The metric where it judges generated text; None where it judges the likelihood of given texts."""
+        """The metric, if it judges generated text; None if it judges the likelihood of given texts."""
         return None if self.metric == "choice" or self.metric == "perplexity" else self.metric
 
     def digest(self) -> str:

@@ -67,7 +67,7 @@ def score_of(metric: TextMetric) -> Score:
 
 
 def _without_punctuation(text: str) -> str:
-    """Long dashes separate words, as in print."""
+    """Returns `text` without punctuation. Long dashes separate words, as in print."""
     kinds = ((character, unicodedata.category(character)) for character in text)
     return "".join(
         " " if kind == "Pd" and character != "-" else "" if kind[0] in "PS" else character for character, kind in kinds

@@ -51,7 +51,9 @@ class EarlyExitLLM:
         stop_token_ids: tuple[int, ...],
         heads_digest: str | None = None,
     ):
-        """`heads_digest` tells a calibration made for these exit heads from others; see LoadedModel."""
+        """`heads_digest` identifies these exit heads, so that calibrations made for others are refused; see
+        LoadedModel.
+        """
         self.model, self.stages, self.tokenizer, self.defaults = model, stages, tokenizer, defaults
         self.stop_token_ids, self.heads_digest = stop_token_ids, heads_digest
         self.grammars = Grammars(tokenizer, model.config.vocab_size, stop_token_ids)
@@ -122,8 +124,8 @@ class EarlyExitLLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Any,
     ) -> list[Completion]:
-        """Completes each prompt, or the one, `n` times where asked. `options` are keys of the `generation` section:
-        policy, threshold, …
+        """Completes each prompt, or the single one, `n` times. `options` are keys of the `generation` section: policy,
+        threshold, …
 
         `params`, one for all prompts or one for each, replaces the section's keys of sampling; `policy` may be a list,
         too, of `Policy`s. Raises InputError, before anything is decoded, on an option that can not be used and on a

@@ -34,7 +34,7 @@ PASS_TOKENS = 2048
 """Tokens of a pass, padding included; more where one row has more."""
 
 TokenPair = tuple[list[int], list[int]]
-"""Token ids of a context, and of what follows it."""
+"""Token ids of a context, and of its continuation."""
 Encode = Callable[[str, bool], list[int]]
 """(text, whether special tokens begin it) -> its token ids, at least one."""
 

@@ -107,7 +107,7 @@ def layer_spec(config: ModelConfig, number: int) -> Any:
 
 
 def layers_in_words() -> str:
-    """Returns, for a log, what layers of the backbone and of exit heads are built from."""
+    """Returns, for a log, the modules that layers of the backbone and of exit heads are built from."""
     unused = " (Transformer Engine is installed, and not used)" if find_spec("transformer_engine") else ""
     return f"Megatron-core {megatron_version}, local layer spec{unused}"
 

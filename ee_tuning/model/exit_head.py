@@ -209,8 +209,8 @@ class ExitHead(nn.Module, ABC):
         """Returns `project(final hidden […, h], output weight [v/tp, h])`: logits, or a loss that never materializes
         them.
 
-        Projecting within forward is what `fully_shard` needs: parameters are whole only while it runs. Where the
-        sequence is cut, the gradient that `project` gives hidden states is this shard's share of it.
+        `fully_shard` requires that the projection runs within forward, because parameters are whole only meanwhile.
+        Where the sequence is cut, the gradient that `project` gives hidden states is this shard's share of it.
         """
         hidden = self.final_hidden(inputs)
         return project(gather_sequence(hidden, self._group) if self.cuts_sequence else hidden, self.output_weight)

@@ -39,8 +39,8 @@ def rotary_angles(config: ModelConfig, length: int, device: torch.device) -> Ten
 
 
 def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
-    """Llama 3.1: long waves are stretched by `factor`, short ones kept, and those between blended linearly in
-    frequency.
+    """Scales as Llama 3.1 does: long waves are stretched by `factor`, short ones kept, and those between blended
+    linearly in frequency.
     """
     original, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
     wavelengths = 2 * math.pi / frequencies
@@ -49,7 +49,9 @@ def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
 
 
 def _yarn(frequencies: Tensor, rope: RopeConfig, width: int) -> Tensor:
-    """YaRN (arXiv 2309.00071, section 3.2): a ramp over dimensions, from kept to interpolated by `factor`."""
+    """Scales as YaRN does (arXiv 2309.00071, section 3.2): a ramp over dimensions, from kept to interpolated by
+    `factor`.
+    """
 
     def dimension_of(rotations: float) -> float:
         return (

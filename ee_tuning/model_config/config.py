@@ -293,14 +293,14 @@ def _rope(raw: dict[str, Any], max_positions: int, path: Path) -> RopeConfig:
 
 
 def _longrope_attention_factor(fields: dict[str, Any], factor: float, original: int) -> float:
-    """Section 4.2 of arXiv 2402.13753."""
+    """Returns the factor of section 4.2 of arXiv 2402.13753."""
     if fields.get("attention_factor") is not None:
         return float(fields["attention_factor"])
     return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
 
 
 def _yarn_attention_factor(fields: dict[str, Any], factor: float, _: int) -> float:
-    """Section 3.4 of arXiv 2309.00071, with DeepSeek's two-sided form where a config has it."""
+    """Returns the factor of section 3.4 of arXiv 2309.00071, in DeepSeek's two-sided form where a config has it."""
 
     def scale(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -103,7 +103,7 @@ def form_with_calls(
     """Returns the form of an answer: only calls where one is required; otherwise `answer` or calls; text and calls
     where a function is strict.
 
-    `special` holds the special tokens. Raises InputError where `answer` and calls can not be told apart.
+    `special` holds the special tokens. Raises InputError where `answer` and calls can not be distinguished.
     """
     if use is None or (answer is None and not use.is_strict):
         return answer

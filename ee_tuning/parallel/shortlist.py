@@ -198,8 +198,8 @@ def token_likeliest(
     vocab: VocabShard,
     count: int,
 ) -> tuple[Tensor, Tensor]:  # [t, count] int64; [t, count], float32 (float64 for float64 logits)
-    """The likeliest tokens and their log-probabilities, the same bits as `token_log_probabilities`; -inf for tokens
-    that a shortlist lacks.
+    """Returns the likeliest tokens and their log-probabilities, the same bits as `token_log_probabilities`; -inf for
+    tokens that a shortlist lacks.
     """
     largest, ids = at_least_float32(token_logits(logits, vocab)).topk(count)
     return ids, largest - log_sum_exp(logits, vocab)[:, None]

@@ -1,8 +1,8 @@
-"""Compares methods for faster decoding of a model: what each adds to an engine, its possible speed, and the cost of
-tuning.
+"""Compares methods for faster decoding of a model: the parameters that each adds to an engine, its possible speed, and
+the cost of tuning.
 
-All figures follow from the model's shape by FORMULA. How often an exit is right does not: it is the free variable,
-which `tune` (validation's `acceptance`) and `calibrate` measure.
+All figures follow from the model's shape by FORMULA. The only free variable is the share of cases in which an exit is
+right, which `tune` (validation's `acceptance`) and `calibrate` measure.
 """
 
 import math

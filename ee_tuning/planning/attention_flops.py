@@ -15,8 +15,8 @@ _BY_ROWS = ("torch_attn::_varlen_attn", "aten::_flash_attention_")
 def attention_flops(name: str, arguments: dict[str, Any]) -> int | None:
     """Returns the multiplications and additions of the operation `name`, or None if it is not attention.
 
-    `arguments` are named as in its schema. Of causal attention only what is necessary counts: queries are the last ones
-    of as many tokens as there are keys.
+    `arguments` are named as in its schema. Of causal attention only the necessary operations count: queries are the
+    last ones of as many tokens as there are keys.
     """
     if name.startswith(_DENSE):
         num_rows, num_heads, num_queries, width = arguments["query"].shape

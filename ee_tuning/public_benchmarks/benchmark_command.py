@@ -63,8 +63,8 @@ class Benchmark:
 def run_benchmark(config: Config, options: Benchmark) -> None:
     """Runs the benchmark under each policy, full depth first, and writes scores to `options.output`.
 
-    Finished policies are not run again. Raises InputError, before the model is loaded, on what can not be run or
-    written.
+    Finished policies are not run again. Raises InputError, before the model is loaded, on a benchmark that can not be
+    run and an output that can not be written.
     """
     topology = init_parallel(config.parallel)
     on_first_rank(topology, lambda: _check(config, options))
@@ -101,7 +101,7 @@ def _check(config: Config, options: Benchmark) -> None:
 
 
 def _run(driver: Driver, config: Config, options: Benchmark, points: list[Point]) -> None:
-    """The work of rank 0."""
+    """Does the work of rank 0."""
     measure = _with_human_eval(driver, options) if options.harness is None else _with_harness(driver, options.harness)
     folder = BenchmarkFolder(
         options.output, options.summary, _job(driver.llm, config, options), overwrites=options.overwrites

@@ -41,7 +41,7 @@ class ExitFusion:
 
     @classmethod
     def of(cls, generation: GenerationSection) -> "ExitFusion":
-        """Returns what the section's keys ask for."""
+        """Returns the fusion that the section's keys describe."""
         return cls(**{name: getattr(generation, name) for name in cls.__dataclass_fields__})
 
     @property

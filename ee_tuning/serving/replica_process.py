@@ -44,7 +44,7 @@ class ReplicaProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """Exit code of a process that has ended, negative for a signal; None while all live."""
+        """Exit code of a process that has ended, negative for a signal; None while all are alive."""
         ended = [process.exitcode for process in self._processes if process.exitcode is not None]
         return next((code for code in ended if code), ended[0] if ended else None)
 

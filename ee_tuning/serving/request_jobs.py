@@ -195,7 +195,7 @@ class RequestJobs:
             return FULL
         if isinstance(given.get("threshold"), float | int):
             given["threshold"] = [given["threshold"]]
-        if "policy" not in given:  # what else is given says which one is meant
+        if "policy" not in given:  # the other keys determine it
             given["policy"] = "fixed" if "exit_layer" in given else "threshold"
         try:
             return self.llm.policy(with_options(self.defaults, given))

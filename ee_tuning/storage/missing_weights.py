@@ -1,4 +1,4 @@
-"""Error messages for missing weights: what is there instead, and what to do."""
+"""Error messages for missing weights: the files that are there instead, and the remedy."""
 
 import re
 from pathlib import Path

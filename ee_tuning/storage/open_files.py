@@ -95,7 +95,7 @@ class _Recent:
             return file
 
     def drop(self, key: int) -> None:
-        """Forgets the file."""
+        """Drops the file."""
         with self._lock:
             self._held.pop(key, None)
 

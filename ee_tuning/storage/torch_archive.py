@@ -37,7 +37,7 @@ class ByteSink(Protocol):
         """Appends the bytes and returns their number."""
 
     def flush(self) -> None:
-        """May do nothing."""
+        """Flushes buffered bytes; may do nothing."""
 
 
 def write_tensor(out: ByteSink, shape: TensorShape, dtype: torch.dtype, blocks: Iterable[Tensor]) -> None:

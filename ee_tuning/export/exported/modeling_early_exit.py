@@ -174,7 +174,7 @@ class _WithExits:
 
     @torch.no_grad()
     def generate(self, *args: Any, exit_threshold: float | None = None, max_pending: int = 16, **kwargs: Any) -> Any:
-        """The `generate` of transformers; with `exit_threshold`, a token leaves at the first exit whose largest
+        """Generates like transformers; with `exit_threshold`, a token leaves at the first exit whose largest
         probability reaches it.
 
         Each row of a batch decides for itself; the first token comes from full depth, which the prompt runs through
