@@ -151,7 +151,7 @@ def _show_text(llm: EarlyExitLLM, jobs: list[Job], options: GenerationSection, s
             sys.stdout.write(text)  # rich would turn tabs into spaces
         sys.stdout.flush()
 
-    if len(jobs) == 1 and jobs[0].params.n == 1:  # every replica yields it
+    if len(jobs) == 1 and jobs[0].params.n == 1:  # every replica completes it
         completions: list[Completion] = []
         show(jobs[0].prompt, "dim")
         for token in llm.run(jobs, completions, options):
