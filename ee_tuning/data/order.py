@@ -52,7 +52,8 @@ class BlendedOrder:
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
         self._sizes = np.array(sizes, dtype=np.int64)
-        self._weights = np.array(weights, dtype=np.float64) / sum(weights)
+        # NumPy's sum, as in Megatron-core: Python's own rounds differently since 3.12, and a run may resume under it.
+        self._weights = np.array(weights, dtype=np.float64) / np.sum(weights, dtype=np.float64)
         self._firsts = np.cumsum(self._sizes) - self._sizes
         self._orders = [SampleOrder(size, seed, part) for part, size in enumerate(sizes)]
         self._corpus: NDArray[np.int16] = np.empty(0, dtype=np.int16)

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ee_tuning.config import DataSection
 from ee_tuning.data.cache import CacheEntry, cache_root, file_stamps, get_or_build
 from ee_tuning.data.encoding import recipe_of
@@ -228,9 +230,10 @@ def _open(
 def _bounds(num_documents: int, data: DataSection) -> tuple[int, int]:
     """Returns where the training documents of .bin and .idx end, and where the held-out ones end."""
     if data.split:
-        shares = _shares(data.split)
-        first, stop = (round(sum(shares[:parts]) / sum(shares) * num_documents) for parts in (1, 2))
-        return first, stop
+        # Sums as in Megatron-core, so that half a document is rounded as there, and alike on every Python.
+        shares = np.array([*_shares(data.split), 0.0])
+        first, stop = np.cumsum(shares / shares.sum())[:2] * num_documents
+        return round(first), round(stop)
     num_valid = round(data.valid_fraction * num_documents)
     if data.valid_fraction and num_documents > 1:
         num_valid = min(max(num_valid, 1), num_documents - 1)

@@ -14,7 +14,7 @@ from ee_tuning.data.indexed import open_stream, write_index
 from ee_tuning.data.loader import BatchSource, validation_batches
 from ee_tuning.data.order import BlendedOrder
 from ee_tuning.data.preprocess import preprocess
-from ee_tuning.data.splits import load_samples
+from ee_tuning.data.splits import _bounds, load_samples
 from ee_tuning.data.tokens import Mixture, PackedSamples, Splits
 from ee_tuning.errors import InputError
 
@@ -158,6 +158,21 @@ def test_the_split_is_megatrons(tmp_path: Path, tokenizer: Path) -> None:
             assert sorted(set(samples.stream.tolist())) == list(wanted)
 
 
+def test_half_a_document_is_on_megatrons_side() -> None:
+    """70,20,10 of 15 documents: 13.5 by one order of sums and a little less by another, so a test document learned."""
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+
+    for split in ("70,20,10", "969,30,1", "8,1.5,0.5", "0.1,0.2,0.7", "1,1", "3"):
+        matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+        stops = [stop for _, stop in (bounds or (0.0, 1.0) for bounds in matrix[:2])]
+        for count in range(1, 300):
+            wanted = tuple(round(stop * count) for stop in stops)
+            assert _bounds(count, DataSection(paths=("x",), split=split)) == wanted, (split, count)
+
+
 def test_the_order_of_a_blend_is_megatrons_however_far_it_is_asked_for() -> None:
     """Weights that hold only at the end of a run of known length; samples that move when a run is made longer."""
     from megatron.core.datasets import helpers_cpp
@@ -177,6 +192,14 @@ def test_the_order_of_a_blend_is_megatrons_however_far_it_is_asked_for() -> None
         own = [sample for sample in chosen if firsts[index] <= sample < firsts[index] + size]
         for start in range(0, len(own) - size, size):
             assert sorted(own[start : start + size]) == list(range(firsts[index], firsts[index] + size))
+
+
+@pytest.mark.parametrize("weights", [[0.1] * 10, [0.1, 0.2, 0.3, 0.7], [3, 6, 1], [0.7, 1e-17, 0.1, 0.2] * 3])
+def test_weights_of_a_blend_are_megatrons_to_the_bit(weights: list[float]) -> None:
+    """Python's own sum, which rounds otherwise since 3.12: another order of samples than the same job has on 3.11."""
+    from megatron.core.datasets.utils import normalize
+
+    assert BlendedOrder([5] * len(weights), weights, seed=1)._weights.tolist() == normalize(weights)
 
 
 def blend(tmp_path: Path, tokenizer: Path) -> Mixture:
