@@ -6,12 +6,15 @@ which is removed afterwards.
 """
 
 import argparse
+import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +29,7 @@ TESTS = {
         "tests/distributed/test_round_trip.py",
         "tests/distributed/test_export_megatron.py",
         "tests/distributed/test_experts_in_megatron.py",
+        "tests/distributed/test_newer_megatron_layouts.py",
         "tests/parity/test_backbone.py",
     ],
 }
@@ -54,7 +58,7 @@ _HEAD = """# Versions
 
 Written by `make test-versions`: a virtual environment for each set, `pip install '.[dev]'` with these versions, and the tests named at the
 top of the columns (passed / failed / skipped). `fast` are those of `make test-fast`, `Megatron` the files that go through most of
-Megatron-core, in several processes, too.
+Megatron-core, in several processes, too. Tests that fail beside others are run again, one at a time, and the second result counts.
 
 | set | Python | torch | transformers | Megatron-core | fast | Megatron | on |
 |---|---|---|---|---|---|---|---|
@@ -71,43 +75,91 @@ def main() -> int:
         parser.error(f"there is no set {', '.join(sorted(unknown))}; there are {', '.join(SETS)}")
     has_failed = False
     for name in arguments.names or SETS:
-        if shutil.which(f"python{SETS[name].python}") is None:
-            print(f"{name}: there is no python{SETS[name].python} here", file=sys.stderr)
+        base = working_python(SETS[name].python)
+        if base is None:
+            print(f"{name}: there is no python{SETS[name].python} that starts here", file=sys.stderr)
+            has_failed |= name in arguments.names
             continue
-        row, failures = tried(name, SETS[name], keeps=arguments.keep)
+        try:
+            row, failures = tried(name, SETS[name], base, keeps=arguments.keep)
+        except subprocess.CalledProcessError as error:  # pip has said why
+            print(f"{name}: not installed; {shlex.join(error.cmd)} ended with {error.returncode}", file=sys.stderr)
+            has_failed = True
+            continue
         write_row(row)
         print("\n".join([*failures, "| " + " | ".join(row) + " |"]), flush=True)
         has_failed |= bool(failures)
     return int(has_failed)
 
 
-def tried(name: str, versions: Versions, *, keeps: bool) -> tuple[list[str], list[str]]:
-    """Returns the row of the record, and the lines of failed tests."""
+def working_python(version: str) -> str | None:
+    """Returns the path of this Python, or None where none starts: pyenv's shim for a version that is installed and not
+    chosen lies on the path, too, and only prints an error.
+    """
+    for folder in os.get_exec_path():
+        command = shutil.which(f"python{version}", path=folder)
+        if command and subprocess.run([command, "--version"], capture_output=True).returncode == 0:
+            return command
+    return None
+
+
+def tried(name: str, versions: Versions, base: str, *, keeps: bool) -> tuple[list[str], list[str]]:
+    """Returns the row of the record, and the lines of what failed. Raises CalledProcessError where pip does."""
     folder = FOLDER / name
-    python = install(folder, versions)
+    python = install(folder, versions, base)
     row, failures = [name, *installed(python)], list[str]()
-    for tests in TESTS.values():
-        command = [str(python), "-m", "pytest", "--quiet", "--numprocesses", "2", "--dist", "loadfile", *tests]
+    for column, tests in TESTS.items():
         begun = time.monotonic()
-        said = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
-        (FOLDER / f"{name}.log").write_text(said, encoding="utf-8")
-        counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", said[-400:])}
-        failed = counts.get("failed", 0) + counts.get("error", 0) + (not counts)
-        row.append(f"{counts.get('passed', 0)} / {failed} / {counts.get('skipped', 0)}")
-        failures += [line for line in said.split("\n") if line.startswith(("FAILED", "ERROR"))] if failed else []
-        failures += [said[-2000:]] if failed and not failures else []
-        print(f"{name}: {row[-1]} in {time.monotonic() - begun:.0f} s", flush=True)
+        counts, failed = run_tests(python, tests, FOLDER / f"{name}-{column}")
+        row.append(counts)
+        failures += failed
+        print(f"{name}: {column} {counts} in {time.monotonic() - begun:.0f} s", flush=True)
     if not keeps:
         shutil.rmtree(folder)
     return [*row, f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, CPU"], failures
 
 
-def install(folder: Path, versions: Versions) -> Path:
+def run_tests(python: Path, tests: list[str], outputs: Path) -> tuple[str, list[str]]:
+    """Runs tests, and again what failed. Returns the text for the record and the lines of what failed twice.
+
+    `outputs`: where the output goes, with `.log` and `-again.log` behind it.
+    """
+    command = [str(python), "-m", "pytest", "--quiet", "-o", f"cache_dir={outputs}.cache", *tests]
+    said = printed([*command, "--numprocesses", "2", "--dist", "loadfile"], Path(f"{outputs}.log"))
+    counts, again = counted(said), Counter[str]()
+    if counts.total() and counts["failed"] + counts["error"]:
+        said = printed([*command, "--last-failed", "--last-failed-no-failures", "none"], Path(f"{outputs}-again.log"))
+        again = counted(said)
+        if again.total():  # else pytest itself ended early
+            counts.update(passed=again["passed"])
+            counts.update({kind: again[kind] - counts[kind] for kind in ("failed", "error")})
+    failed = counts["failed"] + counts["error"] + (not counts.total())
+    text = f"{counts['passed']} / {failed} / {counts['skipped']}"
+    text += f" ({again['passed']} at the second try)" if again["passed"] else ""
+    lines = [line for line in said.split("\n") if line.startswith(("FAILED", "ERROR"))] if failed else []
+    return text, lines or ([said[-2000:]] if failed else [])
+
+
+def printed(command: list[str], log: Path) -> str:
+    """Returns what a command prints, and writes it to `log`, too."""
+    said = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    log.write_text(said, encoding="utf-8")
+    return said
+
+
+def counted(said: str) -> Counter[str]:
+    """Returns pytest's counts of passed, failed, skipped and error, from the last line that has them."""
+    lines = re.findall(r"^(?:=+ )?(\d+ \w+(?:, \d+ \w+)* in [\d.]+s)", said, re.MULTILINE)
+    found = re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1]) if lines else []
+    return Counter({word: int(number) for number, word in found})
+
+
+def install(folder: Path, versions: Versions, base: str) -> Path:
     """Makes the virtual environment and returns its Python."""
     python = folder / "bin" / "python"
     if not python.exists():
-        subprocess.run([f"python{versions.python}", "-m", "venv", str(folder)], check=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([base, "-m", "venv", str(folder)], check=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
     wanted = [
         f"{package}=={version}" if version else package
         for package, version in zip(("torch", "transformers", "megatron-core"), versions[1:], strict=True)
