@@ -9,6 +9,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_DOCS := $(VENV)/.installed-docs
+# Megatron-core's newer releases, which pip takes on Python 3.12 and later, import triton without asking for it; torch's CPU build has none.
+HAS_TRITON := import sys; from importlib.util import find_spec; sys.exit(sys.version_info >= (3, 12) and find_spec("triton") is None)
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev demo demo-llm test test-fast test-engines test-browser test-slurm test-nodes test-versions image-test stress quality shape docs clean
@@ -41,6 +43,7 @@ $(INSTALLED): setup.py
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) $(TORCH)
 	$(PIP) --editable '.[gguf]'
+	@$(BIN)/python -c '$(HAS_TRITON)' || $(PIP) triton
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
