@@ -5,12 +5,13 @@ always the same.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from shlex import quote
 from typing import Any, TypeGuard
 
 import torch
+from torch import Tensor
 
 from ee_tuning.artifact.ee_llm import EELLMExits
 from ee_tuning.artifact.exit_config import ExitHeadsConfig
@@ -110,6 +111,17 @@ def _write(
     return exits
 
 
+def copied_tensors(config: Config, exits: ExitHeadsConfig, topology: Topology) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of `exits`, copied from the job's model with its adapter, on rank 0; nothing on others."""
+    if topology.rank:
+        return
+    reader, model, _ = open_model(config.model)
+    with reader:
+        initial = InitialExits(exits, reader, model)
+        for name in initial.shapes:
+            yield name, initial.full(name)
+
+
 def initial_exits_config(
     config: Config, model: ModelConfig, reader: BackboneSource, listed: ListedTokens | None = None
 ) -> ExitHeadsConfig:
@@ -144,7 +156,7 @@ def described_exits(
     return ExitHeadsConfig(
         **described_heads(section, layers := section.layers(model.num_layers), model),
         exit_layers=layers,
-        output=section.output,
+        output="tied" if section.output == "shared" else section.output,
         dtype=str(dtype).removeprefix("torch."),
         model_name=name,
         model_shape=model_shape(model),
@@ -157,10 +169,12 @@ def described_exits(
 def described_heads(section: ExitsSection, layers: tuple[int, ...], model: ModelConfig) -> dict[str, Any]:
     """Returns the keys of ExitHeadsConfig for exits after `layers`: architectures, the adapters' rank, initialization.
 
-    The default architecture is `mlp`, or `norm` for a model with experts, which has no MLP to copy. Raises InputError
+    The default architecture is `mlp`, or `norm` for a model with experts, which has no MLP to copy, and for exits that
+    share the final head. Raises InputError
     where the section names neither one architecture nor one per exit, or an impossible one.
     """
-    words: tuple[Architecture, ...] = section.architecture or ("norm" if model.num_experts else "mlp",)
+    has_norms = model.num_experts or section.output == "shared"
+    words: tuple[Architecture, ...] = section.architecture or ("norm" if has_norms else "mlp",)
     if "mlp" in words and model.num_experts:
         raise InputError(
             f"exits.architecture must not be mlp for a model with experts, got mlp: a layer has {model.num_experts} MLPs, and "
@@ -178,6 +192,8 @@ def described_heads(section: ExitsSection, layers: tuple[int, ...], model: Model
             "exits.output must be untied for the architecture embedding, got tied, which leaves nothing to tune; "
             "use untied, or the architecture norm"
         )
+    if section.output == "shared":
+        _check_shared(section)
     if "adapter" in words and section.adapter_rank < 1:
         raise InputError(f"exits.adapter_rank must be at least 1, got {section.adapter_rank}")
     check_output_vocab(section, model.vocab_size)
@@ -192,6 +208,15 @@ def described_heads(section: ExitsSection, layers: tuple[int, ...], model: Model
         "adapter_rank": section.adapter_rank if "adapter" in words else None,
         "seed": section.seed if section.init == "random" or "adapter" in words else None,
     }
+
+
+def _check_shared(section: ExitsSection) -> None:
+    if set(section.architecture) - {"norm"} or section.init not in ("auto", "copy") or section.output_vocab:
+        raise InputError(
+            "exits.output = shared is for exits that are the model's own norm and output matrix, without an architecture, an "
+            f"initialization or a shortlist, got architecture {','.join(section.architecture) or 'norm'}, init {section.init} "
+            f"and output_vocab {section.output_vocab}; leave them out"
+        )
 
 
 def _described_drafter(section: ExitsSection, layers: tuple[int, ...], model: ModelConfig) -> dict[str, Any]:
@@ -268,6 +293,11 @@ def _check(config: Config, model: ModelConfig, reader: BackboneSource) -> None:
             )
         EELLMExits(reader, model, "")
         return
+    if config.exits.output == "shared":
+        raise InputError(
+            "exits.output = shared is for `tune`, which trains the model's own head at each exit; use tied with the "
+            "architecture norm"
+        )
     model.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
     layers = config.exits.layers(model.num_layers)
     model.check_exit_layers(layers)

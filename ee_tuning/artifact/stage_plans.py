@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from ee_tuning.artifact.exit_config import ExitHeadsConfig
-from ee_tuning.checkpoint.trained_names import check_trainable
+from ee_tuning.checkpoint.trained_names import check_tied, check_trainable
 from ee_tuning.config import Config, TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.model.early_exit import StagePlan
@@ -24,16 +24,21 @@ def plan_tuning(config: Config, model: ModelConfig, exits: ExitHeadsConfig, topo
     can not be done with the model.
     """
     check_trainable(config.tuning, model)
+    if exits.ties_output and exits.exit_layers and not config.exits.shares_head:
+        check_tied(config.tuning)
     cuts_sequence, teacher = _cuts_sequence(config, topology), exits.teacher_plan(config.tuning)
     costs = tuning_costs(config, model, exits)
     has_final_head = teacher is not None or config.tuning.trained.has_backbone
     plans = _plans(config, exits, costs, topology, has_final_head=has_final_head, max_length=config.tuning.seq_length)
     weights = config.tuning.backbone_weights
     check_weight_format(weights, model)
+    ends = [bool(plan.own_exits) and config.exits.shares_head for plan in plans[:-1]] + [has_final_head]
     return [
         dataclasses.replace(
             plan,
+            final_head_stages=tuple(stage for stage, has_end in enumerate(ends) if has_end),
             shares_output_matrix=teacher is not None and teacher.sends_hidden,
+            shares_final_head=config.exits.shares_head,
             cuts_sequence=cuts_sequence,
             weights=weights,
         )
@@ -117,7 +122,7 @@ def backward_cost(tuning: TuningSection, model: ModelConfig) -> float:
     if not trained.has_backbone:
         return 0.0
     costs = stage_costs(model, model.num_layers, (), tuning.seq_length, trains_heads=False, has_final_head=False)
-    times = {"lora": 1, "mlp": 2, "last": 2, "half": 2, "backbone": 2, "heads": 0}[
+    times = {"lora": 1, "mlp": 2, "last": 2, "half": 2, "backbone": 2, "all": 2, "heads": 0}[
         trained.kind
     ] + tuning.recompute_activations
     return times * sum(costs[trained.first_layer(model.num_layers) - 1 :]) + final_head_cost(model)

@@ -16,8 +16,6 @@ def check_trainable(tuning: TuningSection, config: ModelConfig) -> None:
     trained, word = tuning.trained, f"tuning.trainable = {tuning.trainable}"
     if not trained.has_backbone:
         return
-    if config.num_experts:
-        raise InputError(f"{word} is for models without experts, and this one has {config.num_experts}; use heads")
     if tuning.backbone_weights != "native" and trained.kind != "lora":
         raise InputError(
             f"{word} can not train weights that tuning.backbone_weights = {tuning.backbone_weights} quantizes; set it to "
@@ -29,6 +27,15 @@ def check_trainable(tuning: TuningSection, config: ModelConfig) -> None:
         lora_targets(tuning, config)
 
 
+def check_tied(tuning: TuningSection) -> None:
+    """Raises InputError where tuning.trainable trains the output matrix to which exits are tied."""
+    if tuning.trained.has_embedding:
+        raise InputError(
+            f"exits.output = tied is for an output matrix that stays as it is, and tuning.trainable = {tuning.trainable} "
+            "trains it; use --exit-output shared, whose exits train it, too, or untied, or --trainable backbone"
+        )
+
+
 def lora_targets(tuning: TuningSection, config: ModelConfig) -> tuple[str, ...]:
     """Returns the linear maps beside which LoRA trains. Raises InputError where the model has none of that name."""
     if not has_targets(config):
@@ -36,7 +43,12 @@ def lora_targets(tuning: TuningSection, config: ModelConfig) -> tuple[str, ...]:
             f"tuning.trainable = lora is for models with {', '.join(TARGETS[:3])}, …, and a {config.family} has fused or "
             "transposed matrices; use mlp, last:K or backbone"
         )
-    possible = tuple(target for target in TARGETS if config.is_gated or target != "gate_proj")
+    attention = FUSED["self_attention.linear_qkv"] + FUSED["self_attention.linear_proj"]
+    possible = tuple(
+        target
+        for target in TARGETS
+        if target in attention or not (config.num_experts or (target == "gate_proj" and not config.is_gated))
+    )
     unknown = [target for target in tuning.lora_targets if target not in possible]
     if unknown:
         raise InputError(
@@ -67,8 +79,11 @@ def trained_parameters(tuning: TuningSection, config: ModelConfig) -> list[str]:
         for name in layer_parameter_names(config, layer)
         if trained.has_backbone and trained.trains(layer, name, config.num_layers)
     ]
-    has_norm = trained.kind in ("last", "half", "backbone")
-    return own + [f"decoder.final_layernorm.{kind}" for kind in norm_kinds(config) if has_norm]
+    has_norm = trained.kind in ("last", "half", "backbone", "all")
+    norm = [f"decoder.final_layernorm.{kind}" for kind in norm_kinds(config) if has_norm]
+    ends = ["embedding.word_embeddings.weight", "output_layer.weight"] * trained.has_embedding
+    has_positions = trained.has_embedding and config.position == "learned"
+    return own + norm + ends + ["embedding.position_embeddings.weight"] * has_positions
 
 
 def trained_shard(parameter: str, tuning: TuningSection, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
@@ -118,4 +133,6 @@ def has_partial_gradient(parameter: str, *, is_replicated: bool, cuts_sequence: 
     """Whether each tensor-parallel rank computes a share of the gradient of a replicated parameter: of its own tokens
     where the sequence is cut, of its own heads for norms of queries and keys.
     """
+    if parameter.startswith("embedding."):  # the gradient of all tokens comes back to every rank
+        return False
     return is_replicated and (cuts_sequence or "q_layernorm" in parameter or "k_layernorm" in parameter)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from ee_tuning.config.data import DataSection
+from ee_tuning.config.depth_sampling import DepthSampling
 from ee_tuning.config.generation import GenerationSection, without_overruled
 from ee_tuning.config.model import Architecture, DType, ExitsSection, ModelSection, ParallelSection
 from ee_tuning.config.output_vocab import AutoVocab
@@ -34,6 +35,7 @@ __all__ = [
     "Config",
     "DType",
     "DataSection",
+    "DepthSampling",
     "ExitsSection",
     "GenerationSection",
     "ModelSection",

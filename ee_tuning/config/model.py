@@ -26,7 +26,7 @@ class ModelSection:
     """
     adapter: str | None = field(default=None, metadata=PATH)
     """Folder of weights that were trained for the model: a LoRA adapter as peft saves it, whose products are added to
-    the model's matrices, or what `tune` wrote with tuning.trainable = mlp, last:K, half or backbone.
+    the model's matrices, or what `tune` wrote with tuning.trainable = mlp, last:K, half, backbone or all.
     """
     trust_pickle: bool = False
     """Unpickle a Megatron checkpoint without restrictions. Its pickles may then run any code."""
@@ -72,8 +72,12 @@ class ExitsSection:
     states of texts (data.paths); an exit with an output matrix of its own absorbs the map. auto: fitted where `tune`
     makes exits; copied where `convert` does, and for a drafting head.
     """
-    output: Literal["untied", "tied"] = "untied"
-    """untied: each exit trains its own output matrix. tied: the backbone's frozen one."""
+    output: Literal["untied", "tied", "shared"] = "untied"
+    """untied: each exit trains its own output matrix. tied: the backbone's frozen one. shared: exits have nothing of
+    their own; they apply the model's own norm and output matrix, which all of them train together with the layers, so
+    that the first layers up to each exit become a model (SoFT, arXiv 2309.08968). It needs a tuning.trainable beyond
+    heads; the artifact then holds copies of the norm, tied.
+    """
     output_vocab: int | AutoVocab = 0
     """Size of the exits' vocabulary: the most frequent tokens of data.paths, special and stop tokens included. Any
     other token is one more class, and no token exits where that class is likeliest. Untied output matrices have as many
@@ -103,13 +107,18 @@ class ExitsSection:
     def init_of_tune(self) -> Literal["copy", "random", "fitted"]:
         """`init` of heads that `tune` makes: auto is fitted for exits, because it always has texts."""
         if self.init == "auto":
-            return "fitted" if self.exit_layers and not self.drafts else "copy"
+            return "fitted" if self.exit_layers and not self.drafts and not self.shares_head else "copy"
         return self.init
 
     @property
     def init_of_convert(self) -> Literal["copy", "random", "fitted"]:
         """`init` of heads that `convert` makes: auto is copy, because it reads no texts unless asked to."""
         return "copy" if self.init == "auto" else self.init
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether `tune` trains exits that have no weights of their own: sub-models that share the final head."""
+        return self.output == "shared" and self.path is None
 
     @property
     def drafts(self) -> bool:

@@ -5,8 +5,15 @@ from typing import Literal
 
 from ee_tuning.errors import InputError
 
-Kind = Literal["heads", "lora", "mlp", "last", "half", "backbone"]
-_WORDS: dict[str, Kind] = {"heads": "heads", "lora": "lora", "mlp": "mlp", "half": "half", "backbone": "backbone"}
+Kind = Literal["heads", "lora", "mlp", "last", "half", "backbone", "all"]
+_WORDS: dict[str, Kind] = {
+    "heads": "heads",
+    "lora": "lora",
+    "mlp": "mlp",
+    "half": "half",
+    "backbone": "backbone",
+    "all": "all",
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Trainable:
             return Trainable("last", int(number))
         if text not in _WORDS:
             raise InputError(
-                f"tuning.trainable must be heads, lora, mlp, last:K (as in last:4), half or backbone, got {text!r}"
+                f"tuning.trainable must be heads, lora, mlp, last:K (as in last:4), half, backbone or all, got {text!r}"
             )
         return Trainable(_WORDS[text])
 
@@ -36,6 +43,11 @@ class Trainable:
         """
         return self.kind != "heads"
 
+    @property
+    def has_embedding(self) -> bool:
+        """Whether the word embedding and the output matrix are trained, too."""
+        return self.kind == "all"
+
     def first_layer(self, num_layers: int) -> int:
         """Returns the first layer (1-based) with trained weights."""
         return num_layers - self.num_last + 1 if self.kind == "last" else 1
@@ -44,4 +56,6 @@ class Trainable:
         """Whether parameter `name` of a layer is one of the model's own that are trained."""
         if self.kind == "mlp":
             return name.startswith("mlp.")
-        return self.kind in ("half", "backbone") or (self.kind == "last" and layer >= self.first_layer(num_layers))
+        return self.kind in ("half", "backbone", "all") or (
+            self.kind == "last" and layer >= self.first_layer(num_layers)
+        )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ee_tuning.config.depth_sampling import DepthSampling
 from ee_tuning.config.paths import PATH
 from ee_tuning.config.trainable import Trainable
 
@@ -98,10 +99,11 @@ class TuningSection:
     loss_chunk_tokens: int = 1024
     """Tokens whose logits exist at one time."""
     trainable: str = "heads"
-    """Weights that are trained. heads: the exits alone; the model is frozen and has no backward pass. lora: low-rank
-    matrices beside the layers' linear maps, too (arXiv 2106.09685). mlp: the layers' MLPs, too. last:K: the last K
-    layers and the final norm, too. backbone: all layers and the final norm, too. half: of these, half of the matrices
-    of each kind, the others frozen (HFT, arXiv 2404.18466). Embedding and output matrix stay as they are.
+    """What is trained. heads: the exits alone; the model is frozen and has no backward pass. lora: low-rank matrices
+    beside the layers' linear maps, too (arXiv 2106.09685). mlp: the layers' MLPs, too. last:K: the last K layers and
+    the final norm, too. backbone: all layers and the final norm, too. half: of these, half of the matrices of each
+    kind, the others frozen (HFT, arXiv 2404.18466). all: the backbone, the embedding and the output matrix, too, which
+    otherwise stay as they are.
     """
     half_steps: int = 0
     """Optimizer steps after which trainable = half chooses another half; 0: one half for the whole run."""
@@ -111,7 +113,7 @@ class TuningSection:
     """The low-rank product is multiplied by lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] = ()
     """Linear maps beside which trainable = lora trains, by Hugging Face's names (q_proj, down_proj, …); default all of
-    a layer's.
+    a layer's, or those of attention in a model with experts.
     """
     final_loss_weight: float = 1.0
     """Weight of the model's own loss, that of its final head, where trainable is more than heads. Exits' losses add to
@@ -130,9 +132,11 @@ class TuningSection:
     trainable is more than heads: LayerSkip's (arXiv 2404.16710), whose first layer is never left out. Nor is one that
     an `mlp` exit reads.
     """
-    exit_rotation: int = 1
-    """Each optimizer step trains every exit_rotation-th exit, the next step the next ones (LayerSkip's rotating
-    early-exit loss). 1: all of them.
+    depth_sampling: str = "all"
+    """At which depths a micro-batch is trained. all: at every exit, and at the end of the model where it is trained.
+    rotate:N: each optimizer step trains every N-th exit, the next step the next ones (LayerSkip's rotating early-exit
+    loss), and the end of the model. random: one depth, an exit's or the end, drawn for each micro-batch of a replica
+    (SortedNet, arXiv 2309.00255); deeper layers are not run. It is for exits.output = shared.
     """
     recompute_activations: bool = False
     """Whether the backward pass computes a layer's activations anew instead of keeping them: one more forward pass, and
@@ -178,6 +182,11 @@ class TuningSection:
     def trained(self) -> Trainable:
         """`trainable`, parsed. Raises InputError on an unknown word."""
         return Trainable.of(self.trainable)
+
+    @property
+    def depths(self) -> DepthSampling:
+        """`depth_sampling`, parsed. Raises InputError on an unknown word."""
+        return DepthSampling.of(self.depth_sampling)
 
     @property
     def pass_length(self) -> int:

@@ -37,10 +37,10 @@ class LossSums:
             values = torch.cat((each.loss[None], each.statistics, drafts)).double()
             self.by_layer[layer] = self.by_layer[layer] + values if layer in self.by_layer else values
 
-    def only(self, layer: int) -> "LossSums":
-        """Returns the sums of one exit, if this stage has it."""
-        found = LossSums()
-        found.by_layer = {each: values for each, values in self.by_layer.items() if each == layer}
+    def only(self, layers: Sequence[int], device: torch.device) -> "LossSums":
+        """Returns the sums of `layers`, in this order; zeros for those of which no micro-batch had a loss."""
+        found, none = LossSums(), torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        found.by_layer = {layer: self.by_layer.get(layer, none) for layer in layers}
         return found
 
     def mean_metrics(self, topology: Topology, divisor: Divisor) -> dict[int, Means]:

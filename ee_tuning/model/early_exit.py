@@ -18,7 +18,7 @@ from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_head import ExitHead, ExitInput
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.head_kinds import build_exit_head
-from ee_tuning.model.sequence_parallel import gather_sequence, local_sequence
+from ee_tuning.model.sequence_parallel import gather_sequence, local_sequence, scatter_sequence
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.draft_vocab import draft_vocab
 from ee_tuning.parallel.shortlist import exit_vocab
@@ -43,6 +43,10 @@ class StagePlan:
     """Whether the last stage holds the model's own norm and output matrix."""
     shares_output_matrix: bool = False
     """Whether every stage with an exit holds the model's output matrix, tied to it or not."""
+    shares_final_head: bool = False
+    """Whether exits apply the model's own norm and output matrix, which every stage with an exit then holds."""
+    final_head_stages: tuple[int, ...] = ()
+    """The stages that hold the model's own norm and output matrix, in tuning."""
     max_length: int
     """Most positions that will be computed."""
     dtype: torch.dtype
@@ -99,6 +103,8 @@ class EarlyExitModel(nn.Module):
         self.config, self.topology, self.plan = config, topology, plan
         self.trains_backbone = False
         """Whether layers keep what a backward pass through them needs."""
+        self.trains_embedding = False
+        """Whether the embedding keeps what a backward pass needs."""
         self.takes_gradient = False
         """Whether the stage before needs the gradient of what this one receives."""
         self.recomputes = False
@@ -115,7 +121,7 @@ class EarlyExitModel(nn.Module):
             last_layer=plan.last_layer,
             has_embedding=topology.is_first_stage or plan.drafts,
             has_output=has_final or plan.ties_output or (plan.shares_output_matrix and bool(plan.own_exits)),
-            has_final_norm=has_final,
+            has_final_norm=has_final or (plan.shares_final_head and bool(plan.own_exits)),
             max_length=plan.max_length,
             dtype=plan.dtype,
             cuts_sequence=plan.cuts_sequence,
@@ -137,19 +143,27 @@ class EarlyExitModel(nn.Module):
             }
         )
 
+        if plan.shares_final_head:
+            for head in self.exit_heads.values():
+                head.norm = self.backbone.decoder["final_layernorm"]
+
     def exit_head(self, layer: int) -> ExitHead:
         """Returns the head after `layer`, which must be on this stage."""
         head = self.exit_heads[str(layer)]
         assert isinstance(head, ExitHead)
         return head
 
-    @torch.no_grad()
     @part("embedding")
     def embed(self, tokens: Tensor, documents: PackedDocuments | None = None) -> Tensor:  # [b, s] int64 -> [s, b, h]
         """Embeds tokens, on the first stage only."""
-        hidden = self.backbone.embed(tokens, documents.positions if documents else None)
-        # Megatron-core would cut it, too, but asks for CUDA's random numbers for a dropout of zero.
-        return local_sequence(hidden, self.topology).clone() if self.plan.cuts_sequence else hidden
+        with torch.set_grad_enabled(self.trains_embedding and torch.is_grad_enabled()):
+            hidden = self.backbone.embed(tokens, documents.positions if documents else None)
+            if not self.plan.cuts_sequence:
+                return hidden
+            # Megatron-core would cut it, too, but asks for CUDA's random numbers for a dropout of zero.
+            if self.trains_embedding:
+                return scatter_sequence(hidden, self.topology.tp_group).clone()
+            return local_sequence(hidden, self.topology).clone()
 
     @torch.no_grad()
     def embed_ahead(self, labels: Tensor, num_steps: int) -> tuple[Tensor, ...]:  # [s, b] int64 -> [s, b, h] each

@@ -14,6 +14,7 @@ with warnings.catch_warnings():
     from megatron.core.tensor_parallel.mappings import (
         gather_from_sequence_parallel_region,
         reduce_scatter_to_sequence_parallel_region,
+        scatter_to_sequence_parallel_region,
     )
 
 from ee_tuning.parallel.topology import Group, Topology
@@ -28,6 +29,11 @@ def local_sequence(x: Tensor, topology: Topology) -> Tensor:  # [s, …] -> [s/t
     """Returns this rank's tokens."""
     size = x.shape[0] // topology.tp
     return x.narrow(0, topology.tp_rank * size, size)
+
+
+def scatter_sequence(x: Tensor, group: Group) -> Tensor:  # [s, …] -> [s/tp, …]
+    """Returns this rank's tokens. In the backward pass, all ranks get the gradient of all tokens."""
+    return scatter_to_sequence_parallel_region(x, group=group)
 
 
 def gather_sequence(part: Tensor, group: Group) -> Tensor:  # [s/tp, …] -> [s, …]

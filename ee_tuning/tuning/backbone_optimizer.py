@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ee_tuning.config import TuningSection
+from ee_tuning.parallel.stage_copies import StageCopies
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.tensor_slice import Shard
 from ee_tuning.tuning.trained_rows import TrainedRows
@@ -34,6 +35,13 @@ class TrainedParameter:
     """Whether all tensor-parallel ranks hold the same copy."""
     is_partial: bool
     """Whether each of them computes a share of its gradient."""
+    copies: StageCopies | None = None
+    """Where other stages hold copies, each of which has a part of the gradient; None for this stage alone."""
+
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether this stage counts and writes it."""
+        return self.copies is None or self.copies.index == 0
 
 
 class BackboneOptimizer:
@@ -107,6 +115,7 @@ class BackboneOptimizer:
         if topology.dp > 1:
             _sum_in_buckets([self._gradients[name] for name in active], topology.dp_group)
         own = {name: self._gradients[name][self._own_rows(each.parameter)] for name, each in active.items()}
+        self._sum_over_copies(own)
         for name, is_frozen in self._frozen.items():
             if name in own:
                 own[name][is_frozen] = 0.0
@@ -126,12 +135,18 @@ class BackboneOptimizer:
             assert self._adam is not None
             master, part = self._masters[name], self._own_rows(each.parameter)
             moments = self._adam.state[master]
+            stage = 0 if each.copies is None else each.copies.index
             yield TrainedRows(
                 plan=each.plan(topology.tp_rank),
                 first_row=part.start,
                 tensors={"master": master, "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]},
-                is_replicated=each.is_replicated,
+                replica=stage * topology.tp + (topology.tp_rank if each.is_replicated else 0),
             )
+
+    def state_tensors(self) -> Iterator[Tensor]:
+        """Yields this rank's master weights and moments."""
+        for name in self._masters:
+            yield from self._state(name)
 
     def restore(self, num_updates: Tensor) -> None:
         """Continues from master weights and moments that were overwritten through `rows`."""
@@ -142,8 +157,12 @@ class BackboneOptimizer:
         self._publish()
 
     def whole_masters(self) -> Iterator[tuple[Callable[[int], Shard], Tensor]]:
-        """Yields (plan, this tensor-parallel rank's whole part) of each parameter. Replicas iterate together."""
+        """Yields (plan, this tensor-parallel rank's whole part) of each parameter that this stage writes. Replicas
+        iterate together.
+        """
         for name, each in self._trained.items():
+            if not each.is_first_copy:
+                continue
             yield each.plan, self._gathered(each.parameter, self._masters[name].detach())
 
     def _accumulate(self, name: str, parameter: Tensor) -> None:
@@ -156,13 +175,21 @@ class BackboneOptimizer:
             self._gradients[name] = gradient.to(master, copy=gradient.dtype != master)
         parameter.grad = None
 
+    def _sum_over_copies(self, own: dict[str, Tensor]) -> None:
+        """Sums gradients of which other stages hold parts, group by group, in the same order on all of them."""
+        shared = {name: each.copies for name, each in self._trained.items() if each.copies is not None and name in own}
+        for group in dict.fromkeys(copies.group for copies in shared.values()):
+            names = [name for name, copies in shared.items() if copies.group is group]
+            names.sort(key=lambda name: self._trained[name].plan(0).pieces[0].name)
+            _sum_in_buckets([own[name] for name in names if own[name].numel()], group)
+
     def _over_all_ranks(self, own: dict[str, Tensor], num_tokens: float) -> tuple[float, float]:
         """Returns the squared norm of the whole gradient's sum, and the tokens of the global batch."""
         topology = self._topology
         counted = [
             gradient.square().sum(dtype=torch.float64)
             for name, gradient in own.items()
-            if topology.tp_rank == 0 or not self._trained[name].is_replicated
+            if self._trained[name].is_first_copy and (topology.tp_rank == 0 or not self._trained[name].is_replicated)
         ]
         square = torch.stack(counted).sum().item() if counted else 0.0
         is_counter = topology.is_first_stage and topology.tp_rank == 0

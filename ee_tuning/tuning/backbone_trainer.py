@@ -27,10 +27,13 @@ from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.lora import Lora, add_lora
 from ee_tuning.model.sequence_parallel import gather_sequence
 from ee_tuning.parallel.gradient_relay import GradientRelay
+from ee_tuning.parallel.stage_copies import find_stage_copies
 from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.backbone_optimizer import BackboneOptimizer, TrainedParameter
+from ee_tuning.tuning.layer_skip import trained_depths
+from ee_tuning.tuning.microbatch_schedule import Microbatch
 from ee_tuning.tuning.settings import final_objective
 from ee_tuning.tuning.stage_forward import StageOutput
 
@@ -48,7 +51,8 @@ class BackboneTrainer:
         """Key of the final head's figures among those of exits: the number of layers."""
         self._model, self._tuning, self._topology = model, tuning, topology
         model.trains_backbone, model.recomputes = True, tuning.recompute_activations
-        self.optimizer = BackboneOptimizer(_trained(model, tuning, topology), tuning, topology)
+        model.trains_embedding = tuning.trained.has_embedding and topology.is_first_stage
+        self.optimizer = BackboneOptimizer(_trained(model, tuning, topology, timeout_minutes), tuning, topology)
         plan, first = model.plan, tuning.trained.first_layer(model.config.num_layers)
         self._receives = not topology.is_last_stage and first <= plan.last_layer
         self._sends = not topology.is_first_stage and first < plan.first_layer
@@ -73,9 +77,14 @@ class BackboneTrainer:
         is_free = not is_training or is_last
         return 0 if is_free else self._topology.pp - 1 - self._topology.stage
 
+    def depths(self, microbatch: Microbatch) -> frozenset[int]:
+        """Returns the depths that a micro-batch trains: exits, and the number of layers for the final head."""
+        exits, replica = self._model.plan.exit_layers, self._topology.dp_rank
+        return trained_depths(self._tuning, self._model.config.num_layers, exits, replica, microbatch)
+
     @part("final head and loss")
     def final_loss(self, output: StageOutput, targets: Targets) -> ExitLoss | None:
-        """Returns the loss of the model's own head, on the last stage."""
+        """Returns the loss of the model's own head behind the last layer, on the last stage."""
         if not self._topology.is_last_stage:
             return None
         model, cuts_sequence = self._model, self._model.plan.cuts_sequence
@@ -136,7 +145,9 @@ def _check_exits(model: EarlyExitModel, tuning: TuningSection) -> None:
         raise InputError("without exits tuning.final_loss_weight must be above 0, got 0: nothing would be trained")
 
 
-def _trained(model: EarlyExitModel, tuning: TuningSection, topology: Topology) -> dict[str, TrainedParameter]:
+def _trained(
+    model: EarlyExitModel, tuning: TuningSection, topology: Topology, timeout_minutes: float
+) -> dict[str, TrainedParameter]:
     """Returns the trained parameters of this stage, LoRA's added to it."""
     config, plan = model.config, model.plan
     if tuning.trained.kind == "lora":
@@ -151,11 +162,26 @@ def _trained(model: EarlyExitModel, tuning: TuningSection, topology: Topology) -
         )
         add_lora(layers, lora, config, topology)
     own, trained = dict(model.backbone.named_parameters()), {}
-    for name in trained_parameters(tuning, config):
-        if name not in own:  # it belongs to another stage
-            continue
-        shard = partial(trained_shard, name, tuning, config, topology.tp)
+    shards = {
+        name: partial(trained_shard, name, tuning, config, topology.tp)
+        for name in trained_parameters(tuning, config)
+        if name in own  # and not another stage's
+    }
+    holders = {name: _holders(name, model) for name in trained_parameters(tuning, config)}
+    copies = find_stage_copies(holders, topology, minutes=timeout_minutes)
+    for name, shard in shards.items():
         is_replicated = shard(0) == shard(topology.tp - 1)
         is_partial = has_partial_gradient(name, is_replicated=is_replicated, cuts_sequence=plan.cuts_sequence)
-        trained[name] = TrainedParameter(own[name], shard, is_replicated, is_partial)
+        trained[name] = TrainedParameter(own[name], shard, is_replicated, is_partial, copies.get(name))
     return trained
+
+
+def _holders(name: str, model: EarlyExitModel) -> tuple[int, ...]:
+    """Returns the stages that hold a copy of a trained parameter, where they may be several."""
+    ends = model.plan.final_head_stages
+    if name.startswith("decoder.final_layernorm."):
+        return ends
+    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        is_one = model.config.ties_embeddings
+        return tuple(sorted({0, *ends})) if is_one else ends if name == "output_layer.weight" else (0,)
+    return ()

@@ -29,7 +29,7 @@ from ee_tuning.training_log.dashboards import check_dashboards
 from ee_tuning.training_log.plots import write_plots
 from ee_tuning.tuning.fitting import fit_exits, fit_record, fit_samples
 from ee_tuning.tuning.run_folder import EXIT_HEADS, check_run_folder, open_run_folder, owned_run_folder
-from ee_tuning.tuning.settings import check_settings
+from ee_tuning.tuning.settings import check_settings, check_shared_head
 from ee_tuning.tuning.state import latest_checkpoint
 from ee_tuning.tuning.trained_weights import ADAPTER
 from ee_tuning.tuning.tuner import Tuner
@@ -54,6 +54,7 @@ def tune(config: Config, profile: Path | None = None) -> int:
 def tune_within(config: Config, topology: Topology, profile: Path | None = None) -> bool:
     """Does the work of `tune` in a world that exists. Returns whether the run reached its end."""
     check_settings(config.tuning)
+    check_shared_head(config.exits, config.tuning)
     if config.model.adapter and config.tuning.trained.has_backbone:
         raise InputError(
             f"tuning.trainable = {config.tuning.trainable} trains a model without model.adapter, got "
@@ -109,7 +110,8 @@ def _next_command(config: Config, tuner: Tuner) -> str:
     given += f" --exits {quote(str(tuner.run_folder / EXIT_HEADS))}"
     if tuner.exits_config.draft is not None:
         return f"ee-tuning export --format speculators {given} --output FOLDER"
-    return f'ee-tuning generate {given} --threshold 0.8 --show-exits --prompt "…"'
+    policy = "--budget 0.5" if config.exits.shares_head else "--threshold 0.8 --show-exits"
+    return f'ee-tuning generate {given} {policy} --prompt "…"'
 
 
 def _check_updated(tuner: Tuner, topology: Topology) -> None:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ee_tuning.losses.loss_metrics import Divisor, LossSums, training_figures, v
 from ee_tuning.losses.teacher import Lesson
 from ee_tuning.losses.teacher_channel import TeacherChannel
 from ee_tuning.model.early_exit import EarlyExitModel
-from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.model.exit_head import ExitHead, ExitInput
 from ee_tuning.parallel.pinned_staging import to_device
 from ee_tuning.parallel.relay import NextAction
 from ee_tuning.parallel.time_parts import count_step, part
@@ -24,11 +25,10 @@ from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.training_log.metrics import MetricsGatherer
 from ee_tuning.training_log.throughput import Throughput
 from ee_tuning.tuning.backbone_trainer import BackboneTrainer, Root
-from ee_tuning.tuning.layer_skip import active_exits
 from ee_tuning.tuning.optimizer import ExitOptimizer, ExitUpdate, update_exits
 from ee_tuning.tuning.schedule import learning_rate, loss_weight_ramp
 from ee_tuning.tuning.sequence_chunks import JoinedChunks
-from ee_tuning.tuning.settings import objective
+from ee_tuning.tuning.settings import loss_weights, objective
 from ee_tuning.tuning.stage_forward import StageOutput
 
 
@@ -53,6 +53,9 @@ class ExitTrainer:
         self._joined = JoinedChunks(model)
         self._trained = [each for each in exits if each.trains]
         self._exit_layers = [spec.layer for spec in model.plan.exits]
+        own = model.plan.own_exits if model.plan.shares_final_head else ()
+        self._shared = {spec.layer: model.exit_head(spec.layer) for spec in own}
+        self._weights = loss_weights(tuning, tuple(self._exit_layers)) if own else {}
         self._divisor: Divisor = "weights" if tuning.divide_by_token_weights else "tokens"
         self._skipped: Counter[int] = Counter()
         self._linear_loss = partial(
@@ -141,15 +144,32 @@ class ExitTrainer:
                 inputs, cuts = ready.exit_inputs[each.layer], list[tuple[Tensor, Tensor]]()
                 if self._backbone is not None:
                     inputs, cuts = inputs.leaves()
-                result = self._loss(each, inputs, targets)
+                result = self._loss(each.head, inputs, targets)
                 result.loss.backward()
                 losses[each.layer] = result._replace(loss=result.loss.detach())
                 roots += [(x, leaf.grad * (each.loss_weight * ramp)) for x, leaf in cuts if leaf.grad is not None]
             if self._backbone is not None:
-                final = self._backbone.final_loss(ready, targets)
+                depths = self._backbone.depths(output.microbatch)
+                for layer in sorted(self._shared.keys() & depths):
+                    losses[layer], own = self._train_shared(layer, ready.exit_inputs[layer], targets, ramp)
+                    roots += own
+                final = self._backbone.final_loss(ready, targets) if self._backbone.layer in depths else None
                 self._backbone.backward(ready, final, roots)
                 losses |= {} if final is None else {self._backbone.layer: final._replace(loss=final.loss.detach())}
         return losses
+
+    def _train_shared(
+        self, layer: int, inputs: ExitInput, targets: Targets, ramp: float
+    ) -> tuple[ExitLoss, list[Root]]:
+        """Runs the final head behind an earlier layer forward and backward: a part of its weights' gradient. Returns
+        the loss, and where the layers' backward pass begins.
+        """
+        inputs, cuts = inputs.leaves()
+        result = self._loss(self._shared[layer], inputs, targets)
+        if result.loss.requires_grad:  # not where head and layers before it are frozen
+            result.loss.backward(torch.full_like(result.loss, self._weights[layer] * ramp))
+        roots = [(x, leaf.grad) for x, leaf in cuts if leaf.grad is not None]
+        return result._replace(loss=result.loss.detach()), roots
 
     @torch.no_grad()
     def evaluate(self, output: StageOutput) -> dict[int, ExitLoss]:
@@ -157,8 +177,12 @@ class ExitTrainer:
         losses = dict[int, ExitLoss]()
         for ready in self._parts(output):
             targets = self._targets(ready)
-            exits = [each for each in self.exits if each.layer in ready.exit_inputs]
-            losses |= {each.layer: self._loss(each, ready.exit_inputs[each.layer], targets) for each in exits}
+            heads = {each.layer: each.head for each in self.exits} | self._shared
+            losses |= {
+                layer: self._loss(head, ready.exit_inputs[layer], targets)
+                for layer, head in heads.items()
+                if layer in ready.exit_inputs
+            }
             final = self._backbone.final_loss(ready, targets) if self._backbone is not None else None
             if final is not None and self._backbone is not None:
                 losses[self._backbone.layer] = final
@@ -185,25 +209,28 @@ class ExitTrainer:
 
     def _active(self, step: int) -> list[ExitOptimizer]:
         """Returns the trained exits of this stage that an optimizer step updates."""
-        active = active_exits(step, self._exit_layers, self._tuning.exit_rotation)
+        active = self._tuning.depths.exits(step, self._exit_layers)
         return [each for each in self._trained if each.layer in active]
 
     @part("exit heads")
-    def _loss(self, exit: ExitOptimizer, inputs: ExitInput, targets: Targets) -> ExitLoss:
+    def _loss(self, head: ExitHead, inputs: ExitInput, targets: Targets) -> ExitLoss:
         drafting = self._drafting
         if drafting is None:
-            return exit.head(inputs, partial(self._projected_loss, targets))
+            return head(inputs, partial(self._projected_loss, targets))
         ids = None if inputs.documents is None else inputs.documents.ids
         project = partial(self._projected_loss, drafting.targets(targets, ids))
-        result = exit.head(drafting.inputs(inputs, targets.labels), project)
+        result = head(drafting.inputs(inputs, targets.labels), project)
         drafts = None if result.agreement is None else drafting.accepted(result.agreement, targets, ids)
         return result._replace(drafts=drafts)
 
     def _update_backbone(self, backbone: BackboneTrainer, sums: LossSums, lr: float) -> dict[int, ExitUpdate]:
-        """Updates the model's weights. On the last stage, the result has the final head's figures."""
+        """Updates the model's weights. The result has the figures of the final head, on the last stage, and of this
+        stage's exits that share it, if a micro-batch trained them.
+        """
         norm, is_skipped = backbone.update(lr)
-        final = sums.only(backbone.layer).mean_metrics(self._topology, self._divisor)
-        return {layer: ExitUpdate(means, norm, is_skipped) for layer, means in final.items()}
+        layers = [*self._shared, *[backbone.layer] * self._topology.is_last_stage]
+        means = sums.only(layers, self._topology.device).mean_metrics(self._topology, self._divisor)
+        return {layer: ExitUpdate(each, norm, is_skipped) for layer, each in means.items() if not isnan(each["tokens"])}
 
     def _projected_loss(self, targets: Targets, hidden: Tensor, weight: Tensor) -> ExitLoss:  # …, [s, b, h], [v/tp, h]
         return self._linear_loss(hidden, weight, targets.labels, targets.loss_mask, teacher=targets.teacher)

@@ -1,4 +1,6 @@
-"""LayerSkip's recipe (arXiv 2404.16710, section 4.1): layers are left out at random, and exits are trained in turn."""
+"""Layers that a micro-batch leaves out: at random, as LayerSkip does (arXiv 2404.16710, section 4.1), and those behind
+the depths that it trains.
+"""
 
 import math
 import random
@@ -7,11 +9,20 @@ from collections.abc import Sequence
 from ee_tuning.config import TuningSection
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.tuning.microbatch_schedule import Microbatch
+from ee_tuning.tuning.settings import loss_weights
 
 
-def active_exits(step: int, exit_layers: Sequence[int], every: int) -> frozenset[int]:
-    """Returns the exits that the 1-based optimizer step trains: each `every`-th one, the next ones at the next step."""
-    return frozenset(layer for index, layer in enumerate(exit_layers) if (index + 1 - step) % every == 0)
+def trained_depths(
+    tuning: TuningSection, num_layers: int, exit_layers: tuple[int, ...], replica: int, microbatch: Microbatch
+) -> frozenset[int]:
+    """Returns the depths whose losses a training micro-batch of a replica computes: exits, and the number of layers for
+    the final head. The same on all ranks of all stages.
+    """
+    sampling, weights = tuning.depths, loss_weights(tuning, exit_layers)
+    depths = [layer for layer in sorted(sampling.exits(microbatch.step, exit_layers)) if weights[layer]]
+    if tuning.trained.has_backbone and (sampling.kind != "random" or tuning.final_loss_weight):
+        depths.append(num_layers)
+    return sampling.drawn(depths, f"{tuning.seed}/{microbatch.position}/{replica}/depth")
 
 
 def dropout_rate(layer: int, num_layers: int, largest: float) -> float:
@@ -24,11 +35,24 @@ def dropout_rate(layer: int, num_layers: int, largest: float) -> float:
 def dropped_layers(
     tuning: TuningSection, num_layers: int, exits: Sequence[ExitSpec], replica: int, microbatch: Microbatch
 ) -> frozenset[int]:
-    """Returns the layers that a micro-batch of a replica leaves out, the same on all ranks of all stages.
+    """Returns the layers that a micro-batch of a replica leaves out, the same on all ranks of all stages: those that
+    `layer_dropout` draws, and those behind the one depth that it trains, unless the final head teaches.
 
-    A layer with an `mlp` exit, which reads its inner states, is never left out. Validations leave out no layer.
+    A layer whose inside an `mlp` exit reads is never among the drawn ones. Validations leave out none.
     """
-    if not tuning.layer_dropout or not microbatch.is_training:
+    if not microbatch.is_training:
+        return frozenset()
+    behind, teacher = frozenset[int](), tuning.teacher_plan(ties_output=True)
+    if tuning.depths.kind == "random" and not (teacher is not None and teacher.in_training):
+        depths = trained_depths(tuning, num_layers, tuple(spec.layer for spec in exits), replica, microbatch)
+        behind = frozenset(range(max(depths, default=num_layers) + 1, num_layers + 1))
+    return behind | _drawn_layers(tuning, num_layers, exits, replica, microbatch)
+
+
+def _drawn_layers(
+    tuning: TuningSection, num_layers: int, exits: Sequence[ExitSpec], replica: int, microbatch: Microbatch
+) -> frozenset[int]:
+    if not tuning.layer_dropout:
         return frozenset()
     draw = random.Random(f"{tuning.seed}/{microbatch.position}/{replica}")
     chances = {layer: draw.random() for layer in range(1, num_layers + 1)}

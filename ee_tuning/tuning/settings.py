@@ -2,7 +2,8 @@
 
 import math
 
-from ee_tuning.config import TuningSection
+from ee_tuning.checkpoint.trained_names import check_tied
+from ee_tuning.config import ExitsSection, TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.losses.objective import Objective
 
@@ -30,7 +31,6 @@ def check_settings(tuning: TuningSection) -> None:
         ("ttt_steps", 1),
         ("lora_rank", 1),
         ("half_steps", 0),
-        ("exit_rotation", 1),
         ("final_loss_weight", 0),
     ):
         value = getattr(tuning, name)
@@ -62,17 +62,18 @@ def check_settings(tuning: TuningSection) -> None:
 def _check_trainable(tuning: TuningSection) -> None:
     trained = tuning.trained
     final_objective(tuning)
+    _ = tuning.depths
     if not 0 <= tuning.layer_dropout <= 1:
         raise InputError(f"tuning.layer_dropout must lie in 0..1, got {tuning.layer_dropout:g}")
     if tuning.layer_dropout and not trained.has_backbone:
         raise InputError(
             f"tuning.layer_dropout = {tuning.layer_dropout:g} is for layers that are trained, and tuning.trainable is "
-            "heads; leave it out, or train lora, mlp, last:K, half or backbone"
+            "heads; leave it out, or train lora, mlp, last:K, half, backbone or all"
         )
     if not trained.has_backbone and (tuning.teacher_model or tuning.final_loss):
         raise InputError(
             f"tuning.{'teacher_model' if tuning.teacher_model else 'final_loss'} is for the final head, which "
-            "tuning.trainable = heads does not train; leave it out, or train lora, mlp, last:K or backbone"
+            "tuning.trainable = heads does not train; leave it out, or train lora, mlp, last:K, backbone or all"
         )
     if not math.isfinite(tuning.lora_alpha) or tuning.lora_alpha == 0:
         raise InputError(f"tuning.lora_alpha must be a number other than 0, got {tuning.lora_alpha:g}")
@@ -85,6 +86,29 @@ def _check_trainable(tuning: TuningSection) -> None:
         raise InputError(
             f"tuning.divide_by_token_weights divides each exit's loss by another number, and tuning.trainable = "
             f"{tuning.trainable} adds the losses up; leave one of them out"
+        )
+
+
+def check_shared_head(exits: ExitsSection, tuning: TuningSection) -> None:
+    """Raises InputError where exits that share the final head, or draws of one depth, do not fit the other keys."""
+    if exits.output != "shared" and tuning.depths.kind == "random":
+        raise InputError(
+            "tuning.depth_sampling = random is for exits.output = shared, whose exits have no weights of their own, got "
+            f"{exits.output}; use rotate:N, or share the final head"
+        )
+    if exits.output != "shared":
+        if exits.output == "tied" and exits.exit_layers and exits.path is None:
+            check_tied(tuning)
+        return
+    if not tuning.trained.has_backbone:
+        raise InputError(
+            "exits.output = shared trains nothing where tuning.trainable is heads; train lora, mlp, last:K, half, backbone or "
+            "all, too, or use tied"
+        )
+    if exits.path is not None:
+        raise InputError(
+            f"exits.output = shared is for exits without weights of their own, and exits.path = {exits.path} holds some; "
+            "give --exit-layers instead"
         )
 
 
@@ -128,10 +152,10 @@ def loss_weights(tuning: TuningSection, exit_layers: tuple[int, ...]) -> dict[in
     Raises InputError where they do not fit the exits.
     """
     _check_loss_weights(tuning.loss_weights, exit_layers, may_be_zero=tuning.trained.has_backbone)
-    if tuning.exit_rotation > max(len(exit_layers), 1):
+    if tuning.depths.every > max(len(exit_layers), 1):
         raise InputError(
-            f"tuning.exit_rotation must be at most the number of exits, {len(exit_layers)}, got {tuning.exit_rotation}: "
-            "some steps would train none"
+            f"tuning.depth_sampling = rotate:N must have at most as many as there are exits, {len(exit_layers)}, got "
+            f"{tuning.depth_sampling}: some steps would train none"
         )
     if not exit_layers:
         return {}

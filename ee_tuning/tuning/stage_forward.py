@@ -107,7 +107,8 @@ class StageForward:
         if self._topology.is_first_stage:
             tokens = to_device(microbatch.chunk.tokens, self._topology.device)
             taught = None if teacher is None else teacher.embed(tokens, documents)
-            return _Entering(model.embed(tokens, documents), {}, taught), next_action
+            with torch.set_grad_enabled(microbatch.is_training):
+                return _Entering(model.embed(tokens, documents), {}, taught), next_action
         states, next_action = self._relay.receive()
         taught = None
         if teacher is not None:

@@ -172,7 +172,7 @@ def _exit_rows(each: ExitOptimizer, config: ModelConfig, topology: Topology) -> 
             plan=exit_shard(each.head.spec, name, config, topology.tp, topology.tp_rank),
             first_row=topology.dp_rank * chunk,
             tensors={kind: _as_sharded(value.detach()).to_local() for kind, value in kinds.items()},
-            is_replicated=is_replicated(each.head.spec, name, config, topology.tp),
+            replica=topology.tp_rank if is_replicated(each.head.spec, name, config, topology.tp) else 0,
         )
 
 
@@ -193,7 +193,7 @@ def _tensors(trained: Trained, config: ModelConfig, topology: Topology) -> dict[
                     part.shape,
                     part.offset,
                     axis_fragmentations=None,
-                    replica_id=topology.tp_rank if own.is_replicated else 0,
+                    replica_id=own.replica,
                 )
     return tensors
 

@@ -16,5 +16,5 @@ class TrainedRows(NamedTuple):
     """The first row of that part that this replica holds."""
     tensors: dict[str, Tensor]
     """`master`, `exp_avg` and `exp_avg_sq`: the rows, as views."""
-    is_replicated: bool
-    """Whether all tensor-parallel ranks hold the same rows."""
+    replica: int
+    """This rank's place among the tensor-parallel ranks, and stages, that hold the same rows; 0 writes them."""

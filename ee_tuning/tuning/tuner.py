@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ee_tuning.artifact.convert import copied_tensors
 from ee_tuning.artifact.exit_config import exit_config_tree
 from ee_tuning.artifact.exit_heads import save_exit_heads
 from ee_tuning.artifact.load import LoadedModel
@@ -48,7 +49,7 @@ from ee_tuning.tuning.state import (
 )
 from ee_tuning.tuning.stopping import StopRequest
 from ee_tuning.tuning.teacher_model import TeacherModel
-from ee_tuning.tuning.trained_weights import save_trained_weights
+from ee_tuning.tuning.trained_weights import ADAPTER, save_trained_weights
 
 
 class Tuner:
@@ -60,9 +61,10 @@ class Tuner:
         self.run_folder = Path(config.tuning.run_folder)
         self._model, self._loaded = loaded.model, loaded
         weights = loss_weights(self.tuning, loaded.exits.exit_layers)
+        own = () if loaded.model.plan.shares_final_head else loaded.model.plan.own_exits
         exits = [
             ExitOptimizer(loaded.model.exit_head(spec.layer), weights[spec.layer], self.tuning, topology)
-            for spec in loaded.model.plan.own_exits
+            for spec in own
         ]
         self.teacher_channel = self._make_teacher_channel()
         """The channel of the teacher signal; None where no loss or validation needs it."""
@@ -211,23 +213,22 @@ class Tuner:
     def save_exit_heads(self, output: Path, model_fingerprint: str | None = None) -> None:
         """Writes the artifact of the tuned heads, in the backbone's dtype. All ranks call it.
 
-        It is bound to the model with `model_fingerprint`, by default the one that was loaded.
+        It is bound to the model with `model_fingerprint`, by default the one that was loaded. Exits that share the
+        final head become copies of it, as the trained weights of `run_folder` have it, which must be written before.
         """
         bound = model_fingerprint or self.exits_config.model_fingerprint
-        save_exit_heads(
-            output,
-            dataclasses.replace(self.exits_config, tuned=self._facts(), model_fingerprint=bound),
-            self._model.config,
-            whole_tensors(self.exits, self._model.config, self.topology),
-            self.topology,
-            overwrite=True,
-        )
+        exits = dataclasses.replace(self.exits_config, tuned=self._facts(), model_fingerprint=bound)
+        tensors = whole_tensors(self.exits, self._model.config, self.topology)
+        if self._model.plan.shares_final_head:
+            config = replace(self.config, model={"adapter": str(self.run_folder / ADAPTER)})
+            tensors = copied_tensors(config, exits, self.topology)
+        save_exit_heads(output, exits, self._model.config, tensors, self.topology, overwrite=True)
 
     def _facts(self) -> dict[str, Any]:
         """Returns the facts about the run for its outputs."""
         settings = ["global_batch_size", "seq_length", "lr", "min_lr", "lr_decay_style", "backbone_weights", "seed"]
         settings += ["ttt_steps"] if self.exits_config.draft is not None else []
-        settings += ["trainable"] if self.backbone else []
+        settings += ["trainable", "depth_sampling"] if self.backbone else []
         return {
             "steps": self.step,
             "tokens": self._source.position * self.tuning.seq_length,
@@ -306,6 +307,7 @@ class Tuner:
             "seq_length": self.tuning.seq_length,
             "seed": self.tuning.seed,
             "trainable": self.tuning.trainable if self.backbone else None,
+            "shares_head": self._model.plan.shares_final_head or None,
             "lora": self._lora_facts(),
             **self._samples.train.identity(),
         }

@@ -20,9 +20,22 @@ WAYS: dict[str, dict[str, Any]] = {
     "last": {"trainable": "last:2", "loss_weights": (1.0, 0.5), "final_loss_weight": 0.0},
     "mlp with a teacher": {"trainable": "mlp", "loss": ("cross_entropy=0.3", "forward_kl=0.7")},
     "half": {"trainable": "half", "half_steps": 2},
-    "layer skip": {"trainable": "backbone", "layer_dropout": 0.9, "exit_rotation": 2, "global_batch_size": 3},
+    "layer skip": {"trainable": "backbone", "layer_dropout": 0.9, "depth_sampling": "rotate:2", "global_batch_size": 3},
+    "sub-models": {"trainable": "all", "loss_weights": (0.5, 2.0)},
+    "tied sub-models": {"trainable": "all", "loss": ("cross_entropy=0.3", "forward_kl=0.7")},
+    "drawn depths": {"trainable": "backbone", "depth_sampling": "random", "global_batch_size": 3},
     "recomputed": {"trainable": "backbone", "recompute_activations": True, "loss_weights": (0.0, 1.0)},
 }
+
+
+def configure_way(model: Path, run: Path, way: str, **layout: int) -> Config:
+    config = configure(model, run, **layout, **{"global_batch_size": 4, **WAYS[way]})
+    if way == "tied sub-models":
+        tied = run.parent / "tied"
+        random_llama(tied, tie_word_embeddings=True)
+        config = job.replace(config, model={"path": str(tied)})
+    shares_head = "sub-models" in way or "depths" in way
+    return job.replace(config, exits={"output": "shared"}) if shares_head else config
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +45,7 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Co
 
     class Runs(dict[str, Config]):
         def __missing__(self, way: str) -> Config:
-            config = configure(model, tmp_path_factory.mktemp("alone") / "run", **{"global_batch_size": 4, **WAYS[way]})
+            config = configure_way(model, tmp_path_factory.mktemp("alone") / "run", way)
             assert tune(config)
             self[way] = config
             return config
@@ -51,6 +64,10 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Co
         ("half", 2, 2, True),
         ("layer skip", 1, 4, False),
         ("recomputed", 2, 2, False),
+        ("sub-models", 2, 2, True),
+        ("tied sub-models", 1, 4, False),
+        ("tied sub-models", 2, 1, False),
+        ("drawn depths", 1, 4, False),
     ],
 )
 def test_every_layout_takes_the_steps_of_one_process(
@@ -59,7 +76,7 @@ def test_every_layout_takes_the_steps_of_one_process(
     """A gradient that is left behind between stages, of another micro-batch, averaged, or summed twice over shards or
     replicas; a norm of one stage alone.
     """
-    config = configure(model, tmp_path / "run", tp=tp, pp=pp, **{"global_batch_size": 4, **WAYS[way]})
+    config = configure_way(model, tmp_path / "run", way, tp=tp, pp=pp)
     config = job.replace(config, parallel={"sequence_parallel": cuts})
     assert world.run(tune, config) == [True] * 4
     assert_same_records(records(config), records(alone[way]))

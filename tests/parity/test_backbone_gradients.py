@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from exits import write_exits
 from plain_decoder import PlainDecoder
-from random_models import random_model
+from random_models import WITH_EXPERTS, random_model
 from torch import Tensor
 
 from ee_tuning.artifact.load import load_for_tuning
@@ -31,10 +31,11 @@ WEIGHTS = {2: 0.5, 4: 2.0}
 FINAL_WEIGHT = 0.75
 
 
-def configure(folder: Path, **tuning: object) -> Config:
-    keys = {
+def configure(folder: Path, shares_head: bool = False, **tuning: object) -> Config:
+    heads = {"exits.exit_layers": list(WEIGHTS), "exits.output": "shared"}
+    keys: dict[str, object] = {
         "model.path": str(folder / "model"),
-        "exits.path": str(folder / "exits"),
+        **(heads if shares_head else {"exits.path": str(folder / "exits")}),
         "model.dtype": "float32",
         "tuning.seq_length": len(TOKENS),
         "tuning.loss_weights": list(WEIGHTS.values()),
@@ -55,7 +56,8 @@ def gradients(config: Config) -> tuple[dict[str, Tensor], BackboneTrainer]:
         if name.endswith("lora_B"):
             draw = torch.Generator().manual_seed(len(name))
             each.parameter.data.copy_(0.1 * torch.randn(each.parameter.shape, generator=draw))
-    exits = [ExitOptimizer(model.exit_head(layer), WEIGHTS[layer], config.tuning, topology) for layer in (2, 4)]
+    own = () if model.plan.shares_final_head else (2, 4)
+    exits = [ExitOptimizer(model.exit_head(layer), WEIGHTS[layer], config.tuning, topology) for layer in own]
     trainer = ExitTrainer(exits, model, config.tuning, topology, None, backbone)
     batch = Batch(tokens=torch.tensor([TOKENS]), labels=LABELS[:, None], loss_mask=torch.ones(len(TOKENS), 1))
     chunk = batch.chunks()[0]
@@ -73,28 +75,73 @@ def reference_loss(model: Any, exits: Path) -> Tensor:
     return sum(weights[layer] * F.cross_entropy(said[layer], LABELS, reduction="sum") for layer in said)  # type: ignore[return-value]
 
 
+def expert_gradient(name: str, packed: dict[str, Tensor]) -> Tensor:
+    """The gradient of a stored tensor, from transformers' parameters, which hold all experts of a layer in one."""
+    name = name.replace("block_sparse_moe", "mlp")
+    stem, _, rest = name.partition(".experts.")
+    if not rest:
+        return packed[name]
+    expert, kind, _ = rest.split(".")
+    if kind in ("w2", "down_proj"):
+        return packed[f"{stem}.experts.down_proj"][int(expert)]
+    gate, up = packed[f"{stem}.experts.gate_up_proj"][int(expert)].chunk(2)
+    return gate if kind in ("w1", "gate_proj") else up
+
+
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize(
     ("family", "trainable"),
-    [("llama", "backbone"), ("qwen2", "last:3"), ("qwen3", "backbone"), ("gpt2", "backbone"), ("llama", "mlp")],
+    [
+        ("llama", "backbone"),
+        ("qwen2", "last:3"),
+        ("qwen3", "backbone"),
+        ("gpt2", "backbone"),
+        ("llama", "mlp"),
+        ("mixtral", "backbone"),
+        ("qwen3_moe", "mlp"),
+    ],
 )
 def test_gradients_equal_autograd_through_transformers(
     tmp_path: Path, family: str, trainable: str, recomputes: bool
 ) -> None:
     """An exit's gradient that does not reach the layers before it, or reaches them twice or unweighted; a matrix whose
-    gradient is in Megatron's order.
+    gradient is in Megatron's order; a router without one.
     """
-    reference = random_model(family, tmp_path / "model")
-    write_exits(tmp_path / "model", tmp_path / "exits", architecture=["mlp", "layer"])
+    reference, has_experts = random_model(family, tmp_path / "model"), family in WITH_EXPERTS
+    write_exits(tmp_path / "model", tmp_path / "exits", architecture=["norm" if has_experts else "mlp", "layer"])
     config = configure(tmp_path, trainable=trainable, recompute_activations=recomputes)
     found, backbone = gradients(config)
-    assert found.keys() == trained_shapes(config.tuning, backbone._model.config).keys() and found
+    never = trained_shapes(config.tuning, backbone._model.config).keys() - found.keys()
+    assert found and all(".experts." in name for name in never)  # that no token chose
     reference_loss(reference, tmp_path / "exits").backward()
-    wanted = dict(reference.named_parameters())
+    packed = {name: each.grad for name, each in reference.named_parameters() if each.grad is not None}
     for name, gradient in found.items():
-        limit = 1e-5 * wanted[name].grad.abs().max().item()
+        wanted = expert_gradient(name, packed)
+        limit = 1e-5 * wanted.abs().max().item()
         message = partial("{}: {}".format, name)
-        torch.testing.assert_close(gradient, wanted[name].grad, rtol=1e-5, atol=limit, msg=message)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=limit, msg=message)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_depths_that_share_the_final_head_equal_autograd_through_transformers(tmp_path: Path, family: str) -> None:
+    """A gradient of norm, output matrix or embedding that only one depth gives, or that is not weighted; of a tied
+    matrix, only one of its two gradients.
+    """
+    keys = {"tie_word_embeddings": True} if family == "qwen3" else {}
+    reference = random_model(family, tmp_path / "model", **keys)
+    found, _ = gradients(configure(tmp_path, shares_head=True, trainable="all"))
+    base = reference.transformer if family == "gpt2" else reference.model
+    norm = base.ln_f if family == "gpt2" else base.norm
+    out = reference(torch.tensor([TOKENS]), output_hidden_states=True, use_cache=False)
+    said = {layer: reference.lm_head(norm(out.hidden_states[layer][0])) for layer in WEIGHTS} | {6: out.logits[0]}
+    weights = {**WEIGHTS, 6: FINAL_WEIGHT}
+    losses = [weights[layer] * F.cross_entropy(said[layer], LABELS, reduction="sum") for layer in said]
+    torch.stack(losses).sum().backward()
+    wanted = {name: each.grad for name, each in reference.named_parameters()}
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        limit = 1e-5 * wanted[name].abs().max().item()
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=limit, msg=partial("{}: {}".format, name))
 
 
 @pytest.mark.parametrize("targets", [(), ("q_proj", "v_proj"), ("k_proj", "up_proj", "down_proj")])

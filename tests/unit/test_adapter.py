@@ -15,6 +15,8 @@ from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.checkpoint.trained_names import half_of
 from ee_tuning.config import Config, ModelSection, ParallelSection, replace
 from ee_tuning.errors import InputError
+from ee_tuning.export.check import exit_logits
+from ee_tuning.export.export_draft import export_draft
 from ee_tuning.export.export_huggingface import export_huggingface
 from ee_tuning.parallel.topology import init_parallel
 
@@ -171,6 +173,33 @@ def test_a_job_without_exits_trains_the_model_alone(model: Path, tmp_path: Path)
     assert len(load_file(tmp_path / "run" / "adapter" / "trained.safetensors")) == 18
     with pytest.raises(InputError, match="final_loss_weight"):
         make_tuner(replace(config, tuning={"final_loss_weight": 0.0}))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_depth_that_shares_the_final_head_is_the_plain_model_of_its_layers(ties: bool, tmp_path: Path) -> None:
+    """Norm or output matrix as they were before the training, in an exit of the artifact or in its export; one of two
+    tied matrices.
+    """
+    import transformers
+
+    run, tokens = tmp_path / "run", torch.arange(12)[None]
+    random_llama(tmp_path / "model", tie_word_embeddings=ties)
+    config = configure(tmp_path / "model", run, dtype="float32", trainable="all", eval_iters=0, train_iters=2)
+    tuner = make_tuner(replace(config, exits={"output": "shared"}))
+    assert tuner.run() and not tuner.exits
+    tuner.save_exit_heads(run / "exit_heads", tuner.save_trained_weights(run / "adapter"))
+    moved = load_file(run / "adapter" / "trained.safetensors")
+    own = load_file(tmp_path / "model" / "model.safetensors")
+    assert moved.keys() == own.keys() and not any(torch.equal(moved[name], own[name]) for name in own)
+    config = replace(config, model={"adapter": str(run / "adapter")}, exits={"path": str(run / "exit_heads")})
+    export_draft(config, tmp_path / "plain", 2, kind="pruned")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    said = exit_logits(load_for_generation(config, init_parallel(ParallelSection())), tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(said[2], plain(tokens).logits[0].double(), rtol=1e-5, atol=1e-5)
+        _, inputs = tuner._model.run_layers(tuner._model.embed(tokens))
+        trained = tuner._model.exit_head(2)(inputs[2], torch.nn.functional.linear)[:, 0, :101]
+    torch.testing.assert_close(said[2][:, :101], trained.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_teacher_model_is_matched(model: Path, tmp_path: Path) -> None:

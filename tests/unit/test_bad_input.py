@@ -76,6 +76,7 @@ def complaint(error: pytest.ExceptionInfo[InputError]) -> str:
         ({"parallel.pipeline_model_parallel_size": 9}, ["6 layers", "9"]),
         ({"parallel.tensor_model_parallel_size": 0}, ["at least 1", "0"]),
         ({"model.path": "/no/such/model"}, ["/no/such/model", "folder"]),
+        ({"exits.output": "shared"}, ["exits.output = shared", "tune", "tied"]),
     ],
 )
 def test_convert_refuses(shared, tmp_path, overrides, words):
@@ -209,6 +210,19 @@ def test_a_prompt_as_long_as_the_context_is_refused_and_one_less_answers(shared)
         ({"tuning.trainable": "mlp", "tuning.backbone_weights": "int8"}, ["quantizes", "native"]),
         ({"tuning.trainable": "mlp", "tuning.divide_by_token_weights": True}, ["divide_by_token_weights"]),
         ({"tuning.trainable": "mlp", "tuning.final_loss": ["forward_kl"]}, ["final_loss", "teacher_model"]),
+        (
+            {"tuning.trainable": "all", "exits.output": "shared"},
+            ["exits.output = shared", "exits.path", "--exit-layers"],
+        ),
+        (
+            {"exits.path": None, "exits.exit_layers": [2], "exits.output": "shared"},
+            ["exits.output = shared", "trainable"],
+        ),
+        (
+            {"exits.path": None, "exits.exit_layers": [2], "exits.output": "tied", "tuning.trainable": "all"},
+            ["exits.output = tied", "shared"],
+        ),
+        ({"tuning.depth_sampling": "random"}, ["depth_sampling", "shared", "untied"]),
         ({"tuning.teacher_model": "/no/such/model"}, ["teacher_model", "trainable"]),
         ({"tuning.trainable": "mlp", "tuning.teacher_model": "/no/such/model"}, ["/no/such/model"]),
         ({"tuning.trainable": "mlp", "model.adapter": "/no/such/adapter"}, ["model.adapter", "/no/such/adapter"]),
