@@ -70,6 +70,7 @@ _POLICY = {
     "--measure": "generation.measure",
     "--calibration": "generation.calibration",
     "--exit-layer": "generation.exit_layer",
+    "--budget": "generation.budget",
 }
 _SAMPLING = {
     "--max-new-tokens": "generation.max_new_tokens",

@@ -36,6 +36,10 @@ class GenerationSection:
     """
     exit_layer: int | None = None
     """The exit of the policy `fixed`."""
+    budget: float | None = None
+    """Instead of exit_layer: a share of the time per token at full depth, such as 0.5. The policy is then `fixed`, at
+    the deepest exit that takes at most this, measured when the model is loaded.
+    """
     prompt_lookup: bool = True
     """Whether the policy `speculative` also drafts what followed the newest tokens earlier in the text, where it
     repeats itself. Exits draft elsewhere.

@@ -22,6 +22,7 @@ from ee_tuning.engine.speculation_memory import speculation_memory
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion, StreamedToken
 from ee_tuning.generation.completion_runner import CompletionRunner
+from ee_tuning.generation.depth_budget import with_exit_within_budget
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.options import checked_options, engine_settings, params_of
 from ee_tuning.generation.scoring import Score, TokenPair, score, token_pairs
@@ -94,7 +95,9 @@ class EarlyExitLLM:
 
     @classmethod
     def from_config(cls, config: Config, topology: Topology | None = None) -> "EarlyExitLLM":
-        """Loads what a job's configuration names; its `generation` section becomes the default of `generate`."""
+        """Loads what a job's configuration names; its `generation` section becomes the default of `generate`, with the
+        exit that generation.budget chooses. Raises InputError where they do not fit, or no exit meets the budget.
+        """
         topology = topology or init_parallel(config.parallel)
         loaded = load_for_generation(config, topology)
         folder = model_folder(config.model.path)
@@ -103,7 +106,7 @@ class EarlyExitLLM:
             loaded.model,
             loaded.stages,
             tokenizer,
-            config.generation,
+            with_exit_within_budget(loaded.model, loaded.stages, config.generation),
             _stop_token_ids(folder, loaded.model.config, tokenizer),
             loaded.heads_digest,
         )

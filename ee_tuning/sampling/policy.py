@@ -48,6 +48,10 @@ def policy_of(
     """Returns the policy that the keys describe, for a model with these exits. Raises InputError where it needs an exit
     or a head that does not exist.
     """
+    if generation.budget is not None:
+        raise InputError(
+            "generation.budget is measured when a model is loaded, and can not be an option of one request; give exit_layer"
+        )
     kind = generation.policy
     if kind == "full":
         return FULL

@@ -1,0 +1,63 @@
+"""The exit of the policy `fixed`, chosen by its measured time per token (generation.budget)."""
+
+import pytest
+from exits import loaded_with, write_exits
+from random_models import random_llama
+
+from ee_tuning.artifact.load import LoadedModel
+from ee_tuning.config import GenerationSection
+from ee_tuning.errors import InputError
+from ee_tuning.generation import depth_budget
+from ee_tuning.generation.depth_budget import DepthTimes, measure_depths, with_exit_within_budget
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """A model of six layers with exits after 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("budget")
+    random_llama(folder / "model")
+    write_exits(folder / "model", folder / "exits", exit_layers=(2, 4, 6), architecture=["norm"])
+    return loaded_with(folder / "model", folder / "exits")
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> DepthTimes:
+    """Measured ones, in their place."""
+    found = DepthTimes(0.010, {2: 0.004, 4: 0.007})
+    monkeypatch.setattr(depth_budget, "measure_depths", lambda *_: found)
+    return found
+
+
+@pytest.mark.parametrize(("budget", "layer"), [(0.4, 2), (0.69, 2), (0.7, 4), (0.99, 4)])
+def test_the_deepest_exit_within_the_budget_is_taken_and_said(
+    loaded: LoadedModel, times: DepthTimes, budget: float, layer: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fastest exit, or the first one above the budget."""
+    chosen = with_exit_within_budget(loaded.model, loaded.stages, GenerationSection(budget=budget))
+    assert (chosen.policy, chosen.exit_layer, chosen.budget) == ("fixed", layer, None)
+    assert f"budget {budget:g}: exit {layer} of 6 layers, {times.share(layer):.2f} of full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"budget": 0.3}, ["no exit meets generation.budget = 0.3", "2, takes 0.40"]),
+        ({"budget": 0.0}, ["above 0 and below 1", "got 0"]),
+        ({"budget": 1.0}, ["above 0 and below 1", "got 1"]),
+        ({"budget": 0.5, "policy": "speculative"}, ["policy speculative", "leave one of them out"]),
+        ({"budget": 0.5, "exit_layer": 4}, ["exit_layer 4", "leave one of them out"]),
+    ],
+)
+def test_a_budget_that_can_not_be_is_refused(
+    loaded: LoadedModel, times: DepthTimes, keys: dict[str, object], words: list[str]
+) -> None:
+    """A budget that no exit meets, which silently becomes the shallowest exit or full depth."""
+    with pytest.raises(InputError) as caught:
+        with_exit_within_budget(loaded.model, loaded.stages, GenerationSection(**keys))  # type: ignore[arg-type]
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_every_depth_is_timed(loaded: LoadedModel) -> None:
+    """An exit at the end of the model, which saves nothing, or a time of the prompt and not of the tokens after it."""
+    times = measure_depths(loaded.model, loaded.stages)
+    assert list(times.exits) == [2, 4] and times.exits[2] > 0 and 0 < times.full < 10
