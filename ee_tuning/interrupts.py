@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+STOPPED_BY_TERM = 143
+"""A shell's exit code for a process that SIGTERM ended."""
 _SECONDS = 10.0
 _last = -_SECONDS
 
@@ -38,6 +40,23 @@ def interrupts_raised() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, former)
+
+
+@contextmanager
+def term_raises() -> Iterator[None]:
+    """Lets SIGTERM end the block as an exception does, so that what is finished is kept."""
+
+    def stop(_: int, __: FrameType | None) -> NoReturn:
+        raise SystemExit(STOPPED_BY_TERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def were_interrupted() -> bool:

@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from ee_tuning.command_steps import Flag, ee_tuning, run_command, under_torchrun
 from ee_tuning.config import load_config, replace, save_config
 from ee_tuning.data.sample_corpus import sample_corpus
-from ee_tuning.demo.demo_steps import Flag, ee_tuning, run_command, under_torchrun
 from ee_tuning.demo.report import draw_report, validation_losses
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.quality import ThresholdResult, final_head_loss, measure_thresholds

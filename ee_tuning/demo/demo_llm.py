@@ -11,10 +11,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ee_tuning.command_steps import Flag, Step, ee_tuning, run_command, run_steps
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.demo.demo_model import smollm2
 from ee_tuning.demo.demo_report import print_summary, write_report
-from ee_tuning.demo.demo_steps import Flag, Step, ee_tuning, run_command, run_steps
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.line_file import read_lines

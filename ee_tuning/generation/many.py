@@ -4,14 +4,11 @@ kept.
 
 import dataclasses
 import hashlib
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import open_model
@@ -24,12 +21,10 @@ from ee_tuning.generation.output_file import Key, OutputFile, Settings, is_stand
 from ee_tuning.generation.prompts import ENGINE_KEYS, Request
 from ee_tuning.generation.record import as_record
 from ee_tuning.generation.shared_decoding import decode_shared
+from ee_tuning.interrupts import term_raises
 from ee_tuning.json_file import to_json
 from ee_tuning.notices import say
 from ee_tuning.parallel.collectives import on_first_rank
-
-STOPPED_BY_TERM = 143
-"""A shell's exit code for a process that SIGTERM ended."""
 
 
 def deliver(
@@ -88,16 +83,20 @@ def settings_of(llm: EarlyExitLLM, config: Config, requests: list[Request], opti
 
 def model_settings(llm: EarlyExitLLM, config: Config) -> Settings:
     """Returns everything that completions depend on beside the requests: the model, its exits, its tokenizer."""
-    reader, model, _ = open_model(config.model)
-    with reader:
-        backbone = fingerprint(reader, model)
     return {
-        "model": backbone,
+        "model": model_fingerprint(config),
         "exits": llm.heads_digest,
         "dtype": str(llm.model.plan.dtype).removeprefix("torch."),
         "tokenizer": config.data.tokenizer,
         "end of text": list(llm.stop_token_ids),
     }
+
+
+def model_fingerprint(config: Config) -> str:
+    """Returns the fingerprint of a job's model, with the weights of model.adapter."""
+    reader, model, _ = open_model(config.model)
+    with reader:
+        return fingerprint(reader, model)
 
 
 def _stream(output: Path | None) -> TextIO:
@@ -159,7 +158,7 @@ def _decode(
 def closed_at_the_end(delivery: Delivery | None, num_completions: int) -> Iterator[None]:
     """Closes `delivery`. If Ctrl-C or SIGTERM stops the job, prints how many completions are kept."""
     try:
-        with _term_raises():
+        with term_raises():
             yield
     except (KeyboardInterrupt, SystemExit):
         if isinstance(delivery, OutputFile):
@@ -171,23 +170,6 @@ def closed_at_the_end(delivery: Delivery | None, num_completions: int) -> Iterat
     finally:
         if delivery is not None:
             delivery.close()
-
-
-@contextmanager
-def _term_raises() -> Iterator[None]:
-    """Makes SIGTERM end the block like an exception, so that finished completions are delivered."""
-
-    def stop(_: int, __: FrameType | None) -> NoReturn:
-        raise SystemExit(STOPPED_BY_TERM)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _tell(delivery: Delivery | None, text: str) -> None:

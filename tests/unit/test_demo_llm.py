@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from ee_tuning.command_steps import Step, run_steps
 from ee_tuning.demo import demo_llm, demo_model
 from ee_tuning.demo.demo_report import print_summary
-from ee_tuning.demo.demo_steps import Step, run_steps
 from ee_tuning.errors import InputError
 
 
