@@ -39,6 +39,8 @@ def evaluate(args: argparse.Namespace) -> None:
     for name in ("limit", "block", "repeats"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.against is not None and (args.lm_eval or args.human_eval):
+        raise InputError("--against is of --task, and of no benchmark; leave it out, or evaluate both models apart")
     others = [flag for flag in _OF_BENCHMARKS if getattr(args, flag.removeprefix("--").replace("-", "_"))]
     if others and not (args.lm_eval or args.human_eval):
         raise InputError(f"{others[0]} is of --human-eval and --lm-eval; leave it out with --task")
@@ -54,6 +56,7 @@ def evaluate(args: argparse.Namespace) -> None:
             output=args.output,
             overwrites=args.overwrite,
             sweep=_policy_sweep(args),
+            against=None if args.against is None else str(args.against),
             limit=args.limit,
             block=args.block or 0,
             repeats=args.repeats,
@@ -147,6 +150,13 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="start over in the folder of an evaluation")
     _add_policies(parser)
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help="another model with the same tokenizer, whose full depth is the measure: for a pruned or healed model, the one that it "
+        "was made from. Both are in memory, and decode in turn",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="measure only the first N prompts of each task")
     parser.add_argument(
         "--block",

@@ -86,8 +86,10 @@ def evaluate(
     known: Mapping[int, list[ItemResult]] | None = None,
     on_block: Callable[[Block, list[ItemResult]], None] = lambda block, readings: None,
     on_prompts: Callable[[int], None] = lambda count: None,
+    against: EarlyExitLLM | None = None,
 ) -> Evaluation:
-    """Measures every task under every point, full depth first; the default points are those of `points_of`.
+    """Measures every task under every point, full depth first; the default points are those of `points_of`. Full depth
+    is that of `against`, where given: another model with the same tokenizer.
 
     All ranks call it, with the same results. `llm.defaults` holds max_new_tokens, stop and the like; tokens must be
     greedy. Blocks in `known`, by number, are not measured again; `on_block` is called after each measured block, and
@@ -97,7 +99,8 @@ def evaluate(
     points = list(points_of(llm) if points is None else points)
     assert points and points[0].kind == "full"
     procedure, known = procedure or Procedure(), known or {}
-    runner = BlockRunner(llm, points, procedure, on_prompts)
+    runner = BlockRunner(llm, points, procedure, on_prompts, against)
+    whole = against or llm
     asked = {task.name: runner.jobs_of(task) for task in tasks}
     readings = [reading for part in known.values() for reading in part]
     is_warm = False
@@ -112,11 +115,11 @@ def evaluate(
         on_block(block, found)
     results = [
         task_result(
-            task, points, [each for each in readings if each.task == task.name], llm.num_layers, seed=procedure.seed
+            task, points, [each for each in readings if each.task == task.name], whole.num_layers, seed=procedure.seed
         )
         for task in tasks
     ]
-    return Evaluation(num_layers=llm.num_layers, tasks=results, readings=readings)
+    return Evaluation(num_layers=whole.num_layers, tasks=results, readings=readings)
 
 
 def blocks_of(tasks: Sequence[Task], size: int) -> list[Block]:
@@ -136,14 +139,20 @@ class BlockRunner:
         points: Sequence[Point],
         procedure: Procedure,
         on_prompts: Callable[[int], None] = lambda count: None,
+        against: EarlyExitLLM | None = None,
     ):
+        """`against` is the model of full depth, by default `llm`."""
         self.llm, self.points, self.procedure, self.on_prompts = llm, points, procedure, on_prompts
+        self.against = against
         self.template = ChatTemplate(llm.tokenizer, procedure.chat_template)
         self.options: GenerationSection = with_options(
             llm.defaults, {"max_batch_size": procedure.batch_size, "reuse_prefixes": False}
         )
         self._plain = greedy_params(llm)
         self._in_chats = dataclasses.replace(self._plain, stop_token_ids=stop_ids_of(llm, self.template))
+
+    def _llm(self, point: Point) -> EarlyExitLLM:
+        return self.against if self.against is not None and point.kind == "full" else self.llm
 
     def jobs_of(self, task: Task) -> list[Job]:
         """Returns the jobs of a task's prompts. Raises InputError, naming its line, where one is impossible."""
@@ -173,7 +182,7 @@ class BlockRunner:
         """Decodes a little under each policy, in an engine that then has memory for all of `jobs`."""
         longest = max(jobs, key=lambda job: len(self._ids(job)) + job.params.max_tokens)
         for point in self.points:
-            tokens = self.llm.run(
+            tokens = self._llm(point).run(
                 [dataclasses.replace(longest, policy=point.policy)] * self.procedure.batch_size,
                 [],
                 self.options,
@@ -190,7 +199,7 @@ class BlockRunner:
 
         def measure_share(places: list[int]) -> list[list[ItemResult]]:
             if score is None:
-                return given_readings(self.llm, block.task, places, jobs, self.points)
+                return given_readings(self.llm, block.task, places, jobs, self.points, self.against)
             size = self.procedure.batch_size
             groups = [places[at : at + size] for at in range(0, len(places), size)]
             return [readings for group in groups for readings in self._measure_group(block, jobs, group, score)]
@@ -210,7 +219,7 @@ class BlockRunner:
         for _ in range(self.procedure.repeats):
             for point in order:
                 said = list[Completion]()
-                for _ in self.llm.run(
+                for _ in self._llm(point).run(
                     [dataclasses.replace(jobs[place], policy=point.policy) for place in places],
                     said,
                     self.options,
@@ -269,9 +278,9 @@ class BlockRunner:
         same = next((at for at, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
         if same == len(ids) or (same == len(ids) - 1 and same < len(own)):
             return same  # no token differs, or only the last one
-        prompt = self._ids(job)
-        assert self.llm.engine is not None
-        wanted = self.llm.engine.full_model_tokens(prompt + ids[:-1])[len(prompt) - 1 :]
+        prompt, whole = self._ids(job), self._llm(FULL_DEPTH)
+        assert whole.engine is not None
+        wanted = whole.engine.full_model_tokens(prompt + ids[:-1])[len(prompt) - 1 :]
         return sum(a == b for a, b in zip(ids, wanted, strict=True))
 
     def _ids(self, job: Job) -> list[int]:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from ee_tuning import __version__
 from ee_tuning.checkpoint.formats import model_folder
-from ee_tuning.config import Config
+from ee_tuning.config import Config, replace
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.evaluate import Block, Procedure, evaluate
@@ -26,7 +26,7 @@ from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.evaluation.task import METRICS, Metric, Task, read_task
 from ee_tuning.evaluation.text_metrics import score_of
 from ee_tuning.generation.llm import EarlyExitLLM
-from ee_tuning.generation.many import model_settings
+from ee_tuning.generation.many import model_fingerprint, model_settings
 from ee_tuning.line_file import read_lines
 from ee_tuning.notices import say
 from ee_tuning.parallel.collectives import on_first_rank
@@ -46,6 +46,8 @@ class EvaluateOptions:
     output: Path
     overwrites: bool = False
     sweep: PolicySweep
+    against: str | None = None
+    """Another model, whose full depth everything is compared with."""
     limit: int | None = None
     """Most prompts of each task."""
     block: int = 0
@@ -78,9 +80,11 @@ def _read(config: Config, options: EvaluateOptions) -> list[Task]:
         *options.tasks,
         *options.sweep.calibrations,
         config.model.path,
+        config.model.adapter,
         config.exits.path,
         config.data.tokenizer,
         config.data.chat_template,
+        options.against,
     )
     check_apart(options.output, sources, around=True)
     check_folder(options.output, options.overwrites)
@@ -98,7 +102,9 @@ def _read(config: Config, options: EvaluateOptions) -> list[Task]:
 def _evaluate(config: Config, options: EvaluateOptions, topology: Topology, tasks: list[Task]) -> None:
     template = read_chat_template(config.data.chat_template)
     llm = EarlyExitLLM.from_config(config, topology)
-    points = options.sweep.points(llm, config.generation.measure)
+    against = None if options.against is None else _other_model(config, options.against, llm, topology)
+    own_name = None if against is None else _own_name(config)
+    points = options.sweep.points(llm, config.generation.measure, own_name)
     procedure = Procedure(
         batch_size=config.generation.max_batch_size,
         block=options.block,
@@ -109,6 +115,8 @@ def _evaluate(config: Config, options: EvaluateOptions, topology: Topology, task
 
     def open_folder() -> dict[int, list[ItemResult]]:
         settings = _settings(llm, config, tasks, points, procedure)
+        if options.against is not None:
+            settings["--against"] = model_fingerprint(replace(config, model=_other_section(options.against)))
         opened.append(EvaluationFolder(options.output, settings, options.overwrites, session_of(topology)))
         return dict(opened[0].blocks)
 
@@ -135,8 +143,31 @@ def _evaluate(config: Config, options: EvaluateOptions, topology: Topology, task
             known=known,
             on_block=keep,
             on_prompts=lambda count: display.count(count * topology.dp),
+            against=against,
         )
     on_first_rank(topology, lambda: _report(config, options, llm, tasks, found, opened[0]))
+
+
+def _other_section(path: str) -> dict[str, Any]:
+    """The keys of section `model` for --against."""
+    return {"path": path, "adapter": None, "config": None}
+
+
+def _own_name(config: Config) -> str:
+    """The name of the point of all layers of the model itself."""
+    return "all layers" + (" with the adapter" if config.model.adapter else "")
+
+
+def _other_model(config: Config, path: str, llm: EarlyExitLLM, topology: Topology) -> EarlyExitLLM:
+    """Loads the model of --against. Raises InputError where its tokens are not those of `llm`."""
+    other = EarlyExitLLM.from_config(replace(config, model=_other_section(path), exits={"path": None}), topology)
+    sizes = [each.model.config.vocab_size for each in (llm, other)]
+    if sizes[0] != sizes[1] or llm.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        raise InputError(
+            f"--against must be a model with the same tokens as {config.model.path}, and {path} has a vocabulary of "
+            f"{sizes[1]} for {sizes[0]}, or other words in it; give the model that this one was made from"
+        )
+    return other
 
 
 def _settings(
@@ -202,6 +233,7 @@ def _report(
     folder.close()
     about = {
         "model": model_folder(config.model.path).name,
+        **({} if options.against is None else {"against": model_folder(options.against).name}),
         "num_layers": llm.num_layers,
         "exit_layers": list(llm.exit_layers),
         "settings": folder.settings,

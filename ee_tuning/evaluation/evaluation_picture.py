@@ -9,8 +9,8 @@ from ee_tuning.evaluation.bootstrap import Estimate
 from ee_tuning.evaluation.figures import Evaluation, PointResult, TaskResult
 from ee_tuning.pictures import CURVE, MUTED, draw_exit_shares, label_point, picture
 
-_COLOURS = {"fixed": "#c2571a", "speculative": "#1f8a4c", "calibration": "#8a3ffc"}
-_MARKS = {"fixed": "s", "speculative": "D", "calibration": "^"}
+_COLOURS = {"fixed": "#c2571a", "speculative": "#1f8a4c", "calibration": "#8a3ffc", "all_layers": "#b0256b"}
+_MARKS = {"fixed": "s", "speculative": "D", "calibration": "^", "all_layers": "*"}
 _LEGEND = {"threshold": "by threshold", "fixed": "at one exit (its layer)", "speculative": "speculative"}
 _WIDE = 3.0
 """Speed-up above which the axis is logarithmic, since fixed exits would squeeze all other points together."""
@@ -53,7 +53,7 @@ def draw_quality(axes: Any, task: TaskResult, num_layers: int) -> None:
     )
     labels = set[str]()
     for place, point in enumerate(task.points[1:]):
-        label = point.name if point.kind == "calibration" else _LEGEND[point.kind]
+        label = _LEGEND.get(point.kind, point.name)
         _draw_point(axes, point, _across(point, num_layers), scale, label if label not in labels else None)
         labels.add(label)
         if point.value is not None:

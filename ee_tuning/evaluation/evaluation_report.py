@@ -23,7 +23,7 @@ from ee_tuning.storage.atomic_write import atomic_file
 FORMAT_VERSION = 1
 _EXAMPLES, _EXAMPLE_LENGTH = 8, 300
 
-_STYLE = """\
+STYLE = """\
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2430; max-width: 70em; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .3em .8em; text-align: right; white-space: nowrap }
 th { border-bottom: 2px solid #c9ced9; font-weight: 600 } td { border-bottom: 1px solid #e5e8ee } td small { color: #6b7183 }
@@ -118,15 +118,16 @@ def _cell(estimate: Estimate | None, shown: Any, bound: Any) -> tuple[str, str]:
 
 def _page(found: Evaluation, tasks: list[Task], about: dict[str, Any], pictures: list[Path]) -> str:
     """Returns the page as one file, pictures included."""
-    title = f"{about['model']}: leaving early, measured"
+    against = f" against {about['against']}" if "against" in about else ""
+    title = f"{about['model']}{against}: leaving early, measured"
     parts = [
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body>\n<h1>{html.escape(title)}</h1>\n<p>{html.escape(_LEGEND)}</p>"
+        f"<style>{STYLE}</style></head><body>\n<h1>{html.escape(title)}</h1>\n<p>{html.escape(_LEGEND)}</p>"
     ]
     for number, (task, result) in enumerate(zip(tasks, found.tasks, strict=True)):
         parts.append(f"<h2>{html.escape(_title(result))}</h2>")
         parts.append(_table(result, found.num_layers))
-        parts += [_image(path) for path in pictures[2 * number : 2 * number + 2]]
+        parts += [image(path) for path in pictures[2 * number : 2 * number + 2]]
         parts.append(_exits_table(result, found.num_layers))
         parts.append(_said(found, task))
     parts.append(
@@ -157,7 +158,8 @@ def _td(value: str, interval: str) -> str:
     return f"<td>{html.escape(value)}" + (f" <small>{interval}</small>" if interval else "") + "</td>"
 
 
-def _image(path: Path) -> str:
+def image(path: Path) -> str:
+    """Returns a picture as part of a page."""
     return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 

@@ -11,18 +11,25 @@ from ee_tuning.evaluation.points import Point
 from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.evaluation.task import Task, TaskItem
 from ee_tuning.generation.llm import EarlyExitLLM, Job
-from ee_tuning.generation.scoring import Score, TokenPair, score_by
+from ee_tuning.generation.scoring import Score, TokenPair, score, score_by
 
 BY_LENGTH = "choice by length"
 _ROWS = 32
 
 
 def given_readings(
-    llm: EarlyExitLLM, task: Task, places: Sequence[int], jobs: Sequence[Job], points: Sequence[Point]
+    llm: EarlyExitLLM,
+    task: Task,
+    places: Sequence[int],
+    jobs: Sequence[Job],
+    points: Sequence[Point],
+    against: EarlyExitLLM | None = None,
 ) -> list[list[ItemResult]]:
-    """Scores the prompts at `places` of the task, whose jobs are `jobs`, under each point, full depth first."""
+    """Scores the prompts at `places` of the task, whose jobs are `jobs`, under each point, full depth first: that of
+    `against`, where it is another model's.
+    """
     texts = [given_texts(task, task.items[place]) for place in places]
-    by_point = _scored(llm, [jobs[place] for place in places], texts, points)
+    by_point = _scored(llm, [jobs[place] for place in places], texts, points, against)
     return [
         [
             _reading(task, place, point, scores[number], by_point[0][number])
@@ -50,12 +57,20 @@ def token_pair(llm: EarlyExitLLM, job: Job, text: str) -> TokenPair:
 
 
 def _scored(
-    llm: EarlyExitLLM, jobs: Sequence[Job], texts: Sequence[tuple[str, ...]], points: Sequence[Point]
+    llm: EarlyExitLLM,
+    jobs: Sequence[Job],
+    texts: Sequence[tuple[str, ...]],
+    points: Sequence[Point],
+    against: EarlyExitLLM | None,
 ) -> list[list[list[Score]]]:
     """Returns the score, under each point, of each text after each prompt."""
     pairs = [token_pair(llm, job, text) for job, each in zip(jobs, texts, strict=True) for text in each]
-    by_point = map(iter, score_by(llm.model, pairs, [point.policy for point in points], _ROWS))
-    return [[[next(scores) for _ in each] for each in texts] for scores in by_point]
+    policies = [point.policy for point in points]
+    if against is None:
+        scored = score_by(llm.model, pairs, policies, _ROWS)
+    else:
+        scored = [score(against.model, pairs, policies[0], _ROWS), *score_by(llm.model, pairs, policies[1:], _ROWS)]
+    return [[[next(scores) for _ in each] for each in texts] for scores in map(iter, scored)]
 
 
 def _reading(task: Task, place: int, point: Point, scores: list[Score], full: list[Score]) -> ItemResult:

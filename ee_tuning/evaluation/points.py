@@ -15,7 +15,8 @@ from ee_tuning.sampling.policy import FULL, Policy
 THRESHOLDS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """As in EE-Tuning's figures (arXiv 2402.00518)."""
 
-PointKind = Literal["full", "threshold", "fixed", "speculative", "calibration"]
+PointKind = Literal["full", "threshold", "fixed", "speculative", "calibration", "all_layers"]
+"""all_layers: the model itself, where full depth is another model's (`--against`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class PolicySweep:
     speculative: bool = False
     calibrations: tuple[Path, ...] = ()
 
-    def points(self, llm: EarlyExitLLM, measure: Measure) -> list[Point]:
+    def points(self, llm: EarlyExitLLM, measure: Measure, own_name: str | None = None) -> list[Point]:
         """See `points_of`."""
         return points_of(
             llm,
@@ -62,6 +63,7 @@ class PolicySweep:
             fixed=self.fixed,
             speculative=self.speculative,
             calibrations=self.calibrations,
+            own_name=own_name,
         )
 
 
@@ -73,9 +75,12 @@ def points_of(
     fixed: Sequence[int] = (),
     speculative: bool = False,
     calibrations: Sequence[str | Path] = (),
+    own_name: str | None = None,
 ) -> list[Point]:
     """Returns full depth and a point per threshold (the same for all exits, by `measure`), fixed exit, calibration and
     speculation.
+
+    Where full depth is another model's, `own_name` is the name of a point of all layers of `llm`.
 
     Raises InputError where an exit does not exist, a value is out of range or given twice, or a file does not fit.
     """
@@ -86,6 +91,8 @@ def points_of(
         )
     measured = {} if measure is None else {"measure": measure}
     points = [FULL_DEPTH]
+    if own_name is not None:
+        points.append(Point(name=own_name, kind="all_layers", policy=FULL))
     points += [
         _point(
             llm, f"threshold {each:g}", "threshold", float(each), policy="threshold", threshold=float(each), **measured

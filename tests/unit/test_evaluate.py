@@ -106,6 +106,48 @@ def test_readings_are_what_generate_and_the_full_model_say(llm: EarlyExitLLM, ba
     assert len(groups) == -(-len(LINES) // batch_size)
 
 
+@pytest.mark.slow
+def test_full_depth_may_be_another_models(shared: Path, llm: EarlyExitLLM, tmp_path: Path):
+    """A pruned model whose agreement is with itself, or the whole model's figures under the pruned one's name."""
+    random_llama(
+        tmp_path / "small", seed=1, vocab_size=VOCABULARY, eos_token_id=END, bos_token_id=END, num_hidden_layers=3
+    )
+    write_byte_tokenizer(tmp_path / "small")
+    (tmp_path / "small" / "chat_template.jinja").write_text((shared / "model" / "chat_template.jinja").read_text())
+    small = EarlyExitLLM.load(tmp_path / "small", dtype="float64")
+    scored = Task(
+        name="p", metric="perplexity", items=(TaskItem(where="p", id=0, prompt="def f", answers=("(x): return x",)),)
+    )
+    tasks = [a_task(), scored]
+    both = evaluate(small, tasks, points_of(small, thresholds=(), own_name="small"), against=llm)
+    alone = {name: evaluate(each, tasks, points_of(each, thresholds=())) for name, each in (("a", llm), ("b", small))}
+    assert both.num_layers == 6
+    for number, task in enumerate(both.tasks):
+        full, own = task.points
+        assert (full.name, own.name, own.mean_depth.value) == ("full depth", "small", 3)
+        assert full.metric == alone["a"].tasks[number].points[0].metric
+        assert own.metric == alone["b"].tasks[number].points[0].metric
+    said = {(each.item, each.point): each for each in both.readings if each.task == "t"}
+    for place, line in enumerate(LINES):
+        if "messages" not in line:
+            own = said[place, "small"]
+            (completed,) = small.generate(
+                [line["prompt"]], policy="full", max_new_tokens=line.get("max_new_tokens", 12)
+            )
+            assert own.text == completed.text
+            assert own.num_agreed == round(agreement(llm, completed) * len(completed.token_ids))
+
+
+def test_a_model_of_other_tokens_is_no_measure(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Ids of one vocabulary read as another's."""
+    random_llama(tmp_path / "other", vocab_size=VOCABULARY + 1, eos_token_id=END, bos_token_id=END)
+    write_byte_tokenizer(tmp_path / "other", "<|more|>")
+    words = f"evaluate --model {shared}/model --task {shared}/task.jsonl --metric contains --thresholds none"
+    assert cli.main([*words.split(), "--against", str(tmp_path / "other"), "--output", str(tmp_path / "o")]) == 2
+    assert "--against must be a model with the same tokens" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 def test_sampling_is_refused(shared: Path):
     """Agreement and speed of a draw, told as the exits'."""
     llm = EarlyExitLLM.load(shared / "model", shared / "exits")
