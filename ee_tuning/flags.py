@@ -117,6 +117,24 @@ FLAGS: dict[str, dict[str, str]] = {
     "advise": {key: _MODEL[key] for key in ("--model", "--config", "--trust-pickle")},
     "profile": {**_MODEL, "--no-verify": "exits.verify", "--text": "exits.profile_text", **_TOKENIZER},
     "prune": {**_MODEL, **_EXITS, "--data": "data.valid_paths", **_TOKENIZER, **_PARALLEL},
+    "compare": {
+        **{flag: key for flag, key in _MODEL.items() if flag != "--adapter"},
+        "--no-verify": "exits.verify",
+        "--data": "data.paths",
+        **_TOKENIZER,
+        "--chat-template": "data.chat_template",
+        "--exit-layers": "exits.exit_layers",
+        "--architecture": "exits.architecture",
+        "--exit-output": "exits.output",
+        "--output-vocab": "exits.output_vocab",
+        "--seq-length": "tuning.seq_length",
+        "--micro-batch-size": "tuning.micro_batch_size",
+        "--global-batch-size": "tuning.global_batch_size",
+        "--seed": "tuning.seed",
+        "--max-new-tokens": "generation.max_new_tokens",
+        "--stop": "generation.stop",
+        **_PARALLEL,
+    },
     "export": {**_MODEL, **_EXITS, **_TOKENIZER, **_HEADS, "--seed": "exits.seed"},
     "calibrate": {
         **_MODEL,
@@ -203,6 +221,11 @@ true.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "regenerate": {"generation.max_new_tokens": 1024},
     "evaluate": {"generation.max_batch_size": 1},
+    "compare": {
+        "generation.max_batch_size": 1,
+        "generation.max_new_tokens": 64,
+        "tuning.global_batch_size": 4,
+    },
     "serve": {"generation.temperature": 1.0},
 }
 """Command -> config key -> default, where it differs from the key's own."""

@@ -1,6 +1,6 @@
 """The table of commands. Each imports its code when it runs, so that `--help` is fast."""
 
-from ee_tuning.commands import demo, evaluation, generation, models, pruning, serving, tuning
+from ee_tuning.commands import comparison, demo, evaluation, generation, models, pruning, serving, tuning
 from ee_tuning.commands.command import Command
 
 _ORDER = (
@@ -19,6 +19,7 @@ _ORDER = (
     "inspect",
     "profile",
     "prune",
+    "compare",
     "export",
     "verify",
 )
@@ -26,7 +27,7 @@ _ORDER = (
 
 _ALL = {
     command.name: command
-    for module in (demo, models, pruning, tuning, generation, serving, evaluation)
+    for module in (demo, models, pruning, comparison, tuning, generation, serving, evaluation)
     for command in module.COMMANDS
 }
 assert set(_ORDER) == set(_ALL), set(_ORDER) ^ set(_ALL)

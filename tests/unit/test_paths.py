@@ -39,6 +39,7 @@ def test_paths_are_expanded_however_they_are_given(tmp_path: Path, monkeypatch: 
         "preprocess": ["--output=~/o"],
         "export": ["--output=~/o", "--format=hf"],
         "prune": ["--output=~/o", "--drop=auto:1"],
+        "compare": ["--output=~/o", "--tokens=1"],
     }.get(command, [])
     args = cli.parse([command, *needed, given])
     for config, wanted in (

@@ -236,5 +236,6 @@ def test_commands_that_read_weights_take_no_verify() -> None:
                 "regenerate": ["--output", "o"],
                 "evaluate": ["--output", "o"],
                 "prune": ["--drop", "auto:1"],
+                "compare": ["--tokens", "1", "--output", "o"],
             }.get(command, [])
             assert cli.parse([command, *needed, "--no-verify"]).overrides["exits.verify"] is False
