@@ -6,6 +6,7 @@ EE_TUNING_KERNEL=0 selects these, too.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
@@ -13,6 +14,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -64,13 +67,40 @@ def _compiler() -> str | None:
 def _loaded(compiler: str, number: Number) -> ctypes.CDLL:
     """Returns the library, from the cache or newly built."""
     library = _library(compiler, number)
-    if library.exists():
-        try:
-            return ctypes.CDLL(str(library))
-        except OSError:  # a machine that went down, or a full disk, may have left half a file
-            log.info("%s can not be loaded and is built anew", library)
-    _build(compiler, number, library)
+    if kept := _kept(library):
+        return kept
+    with _locked(library):
+        if kept := _kept(library):  # another process has built it meanwhile
+            return kept
+        _build(compiler, number, library)
     return ctypes.CDLL(str(library))
+
+
+def _kept(library: Path) -> ctypes.CDLL | None:
+    if not library.exists():
+        return None
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:  # a machine that went down, or a full disk, leaves half a file
+        log.info("%s can not be loaded and is built anew", library)
+        return None
+
+
+@contextmanager
+def _locked(library: Path) -> Iterator[None]:
+    """One process builds while others wait: the ranks of a machine would run a compiler each, of hundreds of megabytes.
+    On a file system without locks each builds.
+    """
+    path = library.with_suffix(".lock")
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):  # a process that still waits for it finds the library
+            path.unlink()
+        os.close(handle)
 
 
 def _library(compiler: str, number: Number = "float") -> Path:
@@ -88,7 +118,7 @@ def _library(compiler: str, number: Number = "float") -> Path:
 
 
 def _build(compiler: str, number: Number, library: Path) -> None:
-    """Builds the library. Processes that build at the same time write identical files to the same path."""
+    """Processes that build at once, on several machines or without locks, each put the same one there."""
     runtime = _openmp_in_use()
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as scratch:
         part, made = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"

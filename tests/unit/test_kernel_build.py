@@ -1,23 +1,40 @@
 """Building the kernels: what is kept, and what happens where they can not be built."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from ee_tuning.kernel import build
 
-pytestmark = pytest.mark.slow
+true_kernels = build.kernels
 
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty cache, and a source that compiles at once."""
     monkeypatch.setattr(build, "kernels", build.kernels.__wrapped__)
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "source")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "decoding.cpp").write_text('extern "C" int answer() { return 42; }\n')
     monkeypatch.setenv("EE_TUNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(build.SWITCH, raising=False)
 
 
 needs_compiler = pytest.mark.skipif(build._compiler() is None, reason="no C++ compiler")
+
+
+@needs_compiler
+def test_processes_that_begin_at_once_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight ranks of a machine that each run a compiler for a quarter of a minute."""
+    builds, run = list[list[str]](), build._run
+    monkeypatch.setattr(build, "_run", lambda command: (builds.append(command), run(command)))
+    with ThreadPoolExecutor(4) as pool:  # each opens the lock's file for itself, as processes do
+        found = list(pool.map(lambda _: build.kernels(), range(4)))
+    assert all(each is not None and each.answer() == 42 for each in found)
+    assert [("-c" in command, "-shared" in command) for command in builds] == [(True, False), (False, True)]
+    assert [path.suffix for path in (tmp_path / "cache" / "kernels").iterdir()] == [".so"]
 
 
 @needs_compiler
@@ -91,3 +108,12 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault of the kernels that nobody can step around."""
     monkeypatch.setenv(build.SWITCH, "0")
     assert build.kernels() is None
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("number", ["float", "double"])
+def test_the_packages_own_sources_compile(monkeypatch: pytest.MonkeyPatch, number: build.Number) -> None:
+    """An error in them, of which a line in the log tells: every other test then takes torch's operators."""
+    monkeypatch.undo()
+    assert true_kernels(number) is not None
