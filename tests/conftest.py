@@ -6,8 +6,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from world import World
 
 # Before torch is imported: these tests compare CPU with CPU. tests/gpu starts processes that see what was to be seen.
 os.environ.setdefault("EE_TUNING_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
@@ -19,10 +23,39 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 
+FOLDERS = ("distributed", "stress", "parity", "unit")
+"""Those with the longest files first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: a worker of xdist that began one last would work alone for its time."""
+    is_long = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def rank(item: pytest.Item) -> tuple[int, bool]:
+        folder = item.path.parent.name
+        return FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS), item.path not in is_long
+
+    items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is not looked at again when layouts, of which each test makes some, collect rubbish."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Token ids of a test are not kept in the home folder; processes that tests start inherit it."""
-    os.environ["EE_TUNING_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> None:
+    """Token ids of a test are not kept in the home folder; processes that tests start inherit it.
+
+    Kernels are kept in pytest's cache: to compile them takes a minute of a core. Their name is a digest of the sources.
+    """
+    folder = tmp_path_factory.mktemp("cache")
+    if cache := getattr(pytestconfig, "cache", None):
+        kernels = cache.mkdir("kernels")
+        kernels.chmod(0o700)
+        (folder / "kernels").symlink_to(kernels)
+    os.environ["EE_TUNING_CACHE"] = str(folder)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -47,3 +80,13 @@ def _no_rubbish_between_modules() -> Iterator[None]:
     yield
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def world() -> "Iterator[World]":
+    """`world.run(function, *args)` calls a module-level function on four ranks and returns their results by rank."""
+    from world import World  # tests/ is on the path now
+
+    shared = World()
+    yield shared
+    shared.stop()

@@ -1,4 +1,4 @@
-"""The world of four processes that the distributed tests of a pytest process share, and the model they tune."""
+"""The model that the distributed tests of a pytest process tune."""
 
 import gc
 from collections.abc import Iterator
@@ -6,15 +6,6 @@ from pathlib import Path
 
 import pytest
 from random_models import random_llama
-from world import World
-
-
-@pytest.fixture(scope="session")
-def world() -> Iterator[World]:
-    """`world.run(function, *args)` calls a module-level function on four ranks and returns their results by rank."""
-    shared = World()
-    yield shared
-    shared.stop()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The decoder over stages, for long: ways to lay them out, thresholds, memory and requests at random."""
 
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -9,11 +8,9 @@ from decoding_stress import Report
 from exits import write_exits
 from random_models import random_llama
 from stages import Way, run_at
+from world import World
 
 from ee_tuning.sampling.policy import FULL, Policy
-
-sys.path.append(str(Path(__file__).parents[1] / "distributed"))
-from world import World
 
 WAYS = [
     Way(pp=2),
@@ -28,8 +25,8 @@ WAYS = [
 ]
 
 
-def stress_stages(count: int, seed: int, folder: Path) -> Report:
-    """`count` dozens of requests, each over stages and in one process."""
+def stress_stages(count: int, seed: int, folder: Path, world: World | None = None) -> Report:
+    """`count` dozens of requests, each over stages and in one process. Without a world it has one of its own."""
     subjects = []
     for heads in ("mlp", "norm"):
         random_llama(folder / heads / "model", confident=True)
@@ -39,20 +36,21 @@ def stress_stages(count: int, seed: int, folder: Path) -> Report:
                 str(write_exits(folder / heads / "model", folder / heads / "exits", architecture=heads, init="copy")),
             )
         )
-    rng, report, seen, world = random.Random(seed), Report(), Counter[str](), World()
+    rng, report, seen, ranks = random.Random(seed), Report(), Counter[str](), world or World()
     for index in range(count):
         subject, way = subjects[index % 2], rng.choice(WAYS)
         given = _policy(rng), rng.choice([None, 64, 80, 96]), rng.randrange(1 << 30)
         told = f"{index}: {way}, {given}"
         try:
             wanted = run_at(*subject, Way(), *given)
-            for run in world.run(run_at, *subject, way, *given, timeout=60):
+            for run in ranks.run(run_at, *subject, way, *given, timeout=60):
                 if run.said != wanted.said:
                     report.failures.append(f"{told}: {run.said}, in one process {wanted.said}")
             seen += {"overlaps": run.num_overlaps, "put back": run.num_put_back, "broken off": run.num_broken_off}
         except Exception as error:  # whatever it is, the others are tried too
             report.failures.append(f"{told}: {type(error).__name__}: {error}")
-    world.stop()
+    if world is None:
+        ranks.stop()
     report.told = (
         f"A dozen requests each, over two and four stages in {len(WAYS)} layouts, with the kernels and without, in much memory "
         "and little: tokens, exits and ends are those of one process piece by piece. "

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from decoding_stress import stress_growth, stress_speculation
 from stages_stress import stress_stages
+from world import World
 
 
 def test_drafts_change_no_token_of_held_out_prompts(tmp_path: Path) -> None:
@@ -11,9 +12,9 @@ def test_drafts_change_no_token_of_held_out_prompts(tmp_path: Path) -> None:
     assert stress_speculation(8, 0, tmp_path).failures == []
 
 
-def test_stages_say_what_one_process_says(tmp_path: Path) -> None:
+def test_stages_say_what_one_process_says(world: World, tmp_path: Path) -> None:
     """What a single layout, policy or size of memory hides."""
-    assert stress_stages(6, 0, tmp_path).failures == []
+    assert stress_stages(6, 0, tmp_path, world).failures == []
 
 
 def test_nothing_grows_with_the_tokens(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
+from warm_parent import forked
+
 SIZE = 4
 _GRACE = 3.0  # seconds for the other ranks to end once one has failed
 
@@ -73,11 +75,11 @@ class World:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        spawn = multiprocessing.get_context("spawn")
+        context = forked()
         for rank in range(SIZE):
-            ours, theirs = spawn.Pipe()
+            ours, theirs = context.Pipe()
             # Not a daemon: stock Megatron's checkpoint writers are processes of their own.
-            process = spawn.Process(target=_work, args=(rank, port, theirs), name=f"rank {rank}")
+            process = context.Process(target=_work, args=(rank, port, theirs), name=f"rank {rank}")
             process.start()
             theirs.close()
             self._workers.append((process, ours))

@@ -3,7 +3,6 @@ work begins.
 """
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import socket
@@ -14,31 +13,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-_TESTS = Path(__file__).parents[1]
-_PATHS = [str(path) for path in (_TESTS.parent, _TESTS, _TESTS / "distributed", _TESTS / "stress")]
-_IMPORTED = [
-    "ee_tuning.cli",
-    "ee_tuning.artifact.convert",
-    "ee_tuning.export.export_artifact",
-    "ee_tuning.export.export_huggingface",
-    "ee_tuning.export.megatron_writer",
-    "ee_tuning.export.command",
-    "ee_tuning.tuning.tuner",
-    "ee_tuning.artifact.load",
-    "tuning_jobs",
-    "safetensors_stress",
-]
+from warm_parent import forked
 
 
 class Nursery:
     """Starts process groups from the warm parent."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        # The parent of all children reads neither this process's sys.path nor what is changed here later.
-        os.environ["PYTHONPATH"] = os.pathsep.join([*_PATHS, os.environ.get("PYTHONPATH", "")])
-        os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-        self._context.set_forkserver_preload(_IMPORTED)
+        self._context = forked()
 
     def start(self, function: Callable[..., Any], *arguments: Any, log: Path) -> "Life":
         """`function(*arguments)` in one process."""
