@@ -34,7 +34,7 @@ def configure(
     settings = {
         "train_iters": NUM_STEPS,
         "micro_batch_size": 1,
-        "global_batch_size": 8,
+        "global_batch_size": 4,
         "seq_length": 12,
         "lr": 1e-2,
         "eval_interval": 2,
@@ -65,7 +65,7 @@ def make_samples(length: int) -> Splits:
     """Random tokens."""
     draw = np.random.RandomState(5)
     return Splits(
-        train=PackedSamples(draw.randint(0, 101, 23 * length + 1).astype(np.int32), length),
+        train=PackedSamples(draw.randint(0, 101, 11 * length + 1).astype(np.int32), length),
         valid=PackedSamples(draw.randint(0, 101, 3 * length + 1).astype(np.int32), length),
     )
 

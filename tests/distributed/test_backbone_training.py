@@ -45,7 +45,7 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Co
 
     class Runs(dict[str, Config]):
         def __missing__(self, way: str) -> Config:
-            config = configure_way(model, tmp_path_factory.mktemp("alone") / "run", way)
+            config = configure(model, tmp_path_factory.mktemp("alone") / "run", **WAYS[way])
             assert tune(config)
             self[way] = config
             return config
@@ -76,7 +76,7 @@ def test_every_layout_takes_the_steps_of_one_process(
     """A gradient that is left behind between stages, of another micro-batch, averaged, or summed twice over shards or
     replicas; a norm of one stage alone.
     """
-    config = configure_way(model, tmp_path / "run", way, tp=tp, pp=pp)
+    config = configure(model, tmp_path / "run", tp=tp, pp=pp, **WAYS[way])
     config = job.replace(config, parallel={"sequence_parallel": cuts})
     assert world.run(tune, config) == [True] * 4
     assert_same_records(records(config), records(alone[way]))

@@ -30,7 +30,7 @@ def drafted_at(model: str, head: str, tp: int, pp: int) -> list[tuple[list[int],
     }
     config = load_config(None, keys)
     loaded = load_for_generation(config, init_parallel(config.parallel))
-    params = SamplingParams(max_tokens=30, logit_bias=dict.fromkeys(SAID, 50.0))
+    params = SamplingParams(max_tokens=16, logit_bias=dict.fromkeys(SAID, 50.0))
     policies = [Policy(has_draft_head=True), Policy(has_draft_head=True, looks_up=True), FULL]
     made = []
     for num_slots in (1, 3):
@@ -56,7 +56,7 @@ def test_ranks_draft_the_same(world, subject):
     """
     wanted = drafted_at(*subject, 1, 1)
     alone = 2 * len(PROMPTS)
-    assert 20 < sum(accepted for *_, accepted in wanted[:alone]) < sum(drafted for _, drafted, _ in wanted[:alone])
+    assert 10 < sum(accepted for *_, accepted in wanted[:alone]) < sum(drafted for _, drafted, _ in wanted[:alone])
     for tp, pp in [(2, 1), (1, 2), (2, 2), (1, 4)]:
         answers = world.run(drafted_at, *subject, tp, pp)
         assert all(answer == answers[0] for answer in answers)

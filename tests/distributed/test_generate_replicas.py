@@ -168,7 +168,7 @@ def calibrate_at(folder: str, output: str, keys: dict[str, Any], flags: dict[str
 )
 def test_replicas_calibrate_as_one_process(world: Any, folder: Path, flags: dict[str, Any]):
     """Text that some replica does not read, or reads twice; thresholds that depend on how many replicas there are."""
-    texts = [{"text": "".join(chr(97 + (7 * i + j * j) % 26) for j in range(300 + 90 * i))} for i in range(30)]
+    texts = [{"text": "".join(chr(97 + (7 * i + j * j) % 26) for j in range(80 + 10 * i))} for i in range(30)]
     (folder / "held_out.jsonl").write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")
     name = next(iter(flags))
     assert calibrate_at(str(folder), str(folder / f"one_{name}.json"), {}, flags) == ""

@@ -17,7 +17,7 @@ from ee_tuning.config import Architecture, Config
 
 LAYERS = (1, 2, 3, 4, 5, 6)
 KINDS: tuple[Architecture, ...] = tuple(kind for kind in get_args(Architecture) if kind != "eagle3")
-NUM_STEPS = 20
+NUM_STEPS = 6
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mixed(
     model: Path, run: Path, *, layers: tuple[int, ...] = LAYERS, tp: int = 1, pp: int = 1, **tuning: object
 ) -> Config:
-    settings = {"train_iters": NUM_STEPS, "eval_interval": 10, "global_batch_size": 4, **tuning}
+    settings = {"train_iters": NUM_STEPS, "eval_interval": 3, "global_batch_size": 4, **tuning}
     config = configure(model, run, exits=layers, tp=tp, pp=pp, **settings)
     kinds = tuple(kind for layer, kind in zip(LAYERS, KINDS, strict=True) if layer in layers)
     return job.replace(config, exits={"architecture": kinds, "adapter_rank": 7})

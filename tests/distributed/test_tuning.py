@@ -28,7 +28,7 @@ def assert_same_records(got: list[dict[str, Any]], wanted: list[dict[str, Any]])
 @pytest.fixture(scope="module")
 def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run in one process."""
-    config = configure(model, tmp_path_factory.mktemp("alone") / "run", save_interval=1)
+    config = configure(model, tmp_path_factory.mktemp("alone") / "run", save_interval=1, global_batch_size=8)
     assert tune(config)
     return config
 
@@ -38,7 +38,7 @@ def test_every_layout_takes_the_steps_of_one_process(
     world: World, model: Path, alone: Config, tmp_path: Path, tp: int, pp: int
 ) -> None:
     """A gradient averaged or left unsummed over replicas or shards, a norm that counts twice, or a batch read twice."""
-    config = configure(model, tmp_path / "run", tp=tp, pp=pp, save_interval=1)
+    config = configure(model, tmp_path / "run", tp=tp, pp=pp, save_interval=1, global_batch_size=8)
     assert world.run(tune, config) == [True] * 4
     assert [record["kind"] for record in records(alone)] == ["validation", *["train", "train", "validation"] * 2]
     assert_same_records(records(config), records(alone))
