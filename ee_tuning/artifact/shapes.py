@@ -127,7 +127,9 @@ def _exits_config(config: Config, model: ModelConfig) -> ExitHeadsConfig:
         with artifact:
             artifact.check_complete(model)
         return artifact.config
-    model.check_exit_layers(section.layers(model.num_layers))
+    layers = section.layers(model.num_layers)
+    if layers or not config.tuning.trained.has_backbone:
+        model.check_exit_layers(layers)
     return described_exits(
         section,
         model,

@@ -37,7 +37,7 @@ from ee_tuning.planning.memory_tracker import MemoryTracker
 from ee_tuning.tuning.exit_trainer import ExitTrainer
 from ee_tuning.tuning.microbatch_schedule import Microbatch
 from ee_tuning.tuning.optimizer import ExitOptimizer
-from ee_tuning.tuning.settings import check_settings
+from ee_tuning.tuning.settings import check_settings, check_shared_head
 from ee_tuning.tuning.stage_forward import StageForward, StageOutput
 from ee_tuning.tuning.tuner import Tuner
 
@@ -72,11 +72,11 @@ class RankProfile:
 
 
 MEMORY = {
-    "weights": "the frozen backbone, output matrices of tied exits included",
-    "optimizer": "of the heads: float32 masters and Adam's two moments, this replica's part",
+    "weights": "the backbone, output matrices of tied exits included",
+    "optimizer": "of what is trained: float32 masters and Adam's two moments, this replica's part",
     "heads": "of the heads: whole copies in the computing dtype",
-    "gradients": "of the heads: what stays between two micro-batches",
-    "activations": "hidden states in the frozen layers, keys and values of a sequence's earlier chunks, and what waits for the exits",
+    "gradients": "of what is trained: what stays between two micro-batches",
+    "activations": "hidden states in the layers, what layers that are trained keep for the backward pass, keys and values of a sequence's earlier chunks, and what waits for the exits",
     "queue": "what exits keep of micro-batches that wait for the final head's lesson, and of chunks that wait for the last one",
     "relay": "hidden states on their way in",
     "loss": "one chunk of logits with its gradient, and what else the heads' forward and backward passes need",
@@ -117,10 +117,11 @@ def profile_ranks(config: Config, world_size: int) -> list[RankProfile]:
     fit each other; any other exception would have ended the first step, too.
     """
     check_settings(config.tuning)
-    if config.tuning.trained.has_backbone:
+    check_shared_head(config.exits, config.tuning)
+    if config.tuning.teacher_model is not None:
         raise InputError(
-            f"plans and dry runs are for tuning.trainable = heads, got {config.tuning.trainable}: they do not count the "
-            "backward pass through the layers"
+            f"plans and dry runs do not count a second model, got tuning.teacher_model = {config.tuning.teacher_model}; leave "
+            "it out, and add its weights and a forward pass"
         )
     check_world_size(config.parallel, world_size)
     config = as_tuned(config)
@@ -157,7 +158,10 @@ def _shortened(config: Config, exits: ExitHeadsConfig, world_size: int) -> Confi
     tuning, parallel = config.tuning, config.parallel
     dp = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     count = count_microbatches(tuning, dp)
-    count = parallel.pipeline_model_parallel_size + 1 if tuning.teacher_plan(ties_output=False) else min(count, 2)
+    if tuning.trained.has_backbone:  # enough for a stage to keep as many as it may
+        count = min(count, parallel.pipeline_model_parallel_size + 1)
+    else:
+        count = parallel.pipeline_model_parallel_size + 1 if tuning.teacher_plan(ties_output=False) else min(count, 2)
     if not any(spec.architecture in ("layer", "eagle3") for spec in exits.heads):
         count = -(-count // max(1, tuning.seq_length // tuning.pass_length))
     return replace(
@@ -170,7 +174,8 @@ def _shortened(config: Config, exits: ExitHeadsConfig, world_size: int) -> Confi
 def _kind(plan: StagePlan, stage: int, num_stages: int) -> Any:
     """Returns a key that is equal for stages with equal costs."""
     exits = tuple(dataclasses.replace(spec, layer=spec.layer - plan.first_layer) for spec in plan.own_exits)
-    queue = stage if plan.has_final_head else None  # earlier stages wait longer for the teacher
+    # Earlier stages wait longer, for the teacher or for gradients.
+    queue = stage if plan.has_final_head else None
     carries = len(plan.brought), len(plan.carried)
     return plan.last_layer - plan.first_layer, exits, carries, stage == 0, stage == num_stages - 1, queue
 
@@ -185,6 +190,9 @@ def _profile_rank(config: Config, sources: Sources, world_size: int, stages: lis
         with tracker.during("other"):
             tuner = Tuner(loaded, _samples(config), config, topology)
         tracker.peak.clear()  # the peak of loading, which happens in parts
+        if tuner.backbone is not None:
+            tracker.reclassify("other", "optimizer", tuner.backbone.optimizer.state_tensors())
+            tuner.backbone.optimizer.watch_gradients(lambda each: tracker.reclassify("loss", "gradients", [each]))
         for each in tuner.exits:
             tracker.reclassify("other", "optimizer", _state(each))
             each.head.register_forward_pre_hook(partial(_classify_whole_copies, tracker))
@@ -208,7 +216,7 @@ def _profile_rank(config: Config, sources: Sources, world_size: int, stages: lis
         validation_flops=tracker.flops["validation"] // max(trainer.num_validated, 1),
         tp_bytes=sent(topology.tp_group, "activations") // stage_forward.num_forward
         + sent(topology.tp_group, "loss") // trainer.num_trained,
-        dp_bytes=sent(topology.dp_group, "loss"),
+        dp_bytes=sent(topology.dp_group, "loss") + sent(topology.dp_group, "other") * (tuner.backbone is not None),
         pp_bytes=sent(topology.pp_group, "activations") // stage_forward.num_forward,
         seconds=time.perf_counter() - began,
     )
@@ -274,7 +282,7 @@ class _MeasuredTrainer(ExitTrainer):
     """Attributes the costs of losses to their phase."""
 
     def __init__(self, tuner: Tuner, model: EarlyExitModel, tracker: MemoryTracker) -> None:
-        super().__init__(tuner.exits, model, tuner.tuning, tuner.topology, tuner.teacher_channel)
+        super().__init__(tuner.exits, model, tuner.tuning, tuner.topology, tuner.teacher_channel, tuner.backbone)
         self._tracker = tracker
         self.num_trained = self.num_validated = 0
 

@@ -25,8 +25,9 @@ FORMULA = (
     "micro-batch of stage p = (layers' + heads' operations) ÷ (efficiency × peak operations/s) + (t − 1)/t × bytes gathered and reduced "
     "over tensor parallelism t (both, where all-reduced) ÷ bandwidth between its GPUs; no less than bytes sent to the next stage ÷ "
     "bandwidth between them",
-    "step = micro-batches × the slowest stage's micro-batch + the slowest update",
-    "update of stage p = 2 × (bytes of masters and moments) ÷ memory bandwidth + (d − 1)/d × bytes of heads gathered "
+    "step = micro-batches × the slowest stage's micro-batch + the slowest update; where the model is trained, stages − 1 more "
+    "micro-batches, for the pipeline fills and drains in each step",
+    "update of stage p = 2 × (bytes of masters and moments) ÷ memory bandwidth + (d − 1)/d × bytes of weights gathered "
     "and gradients reduced "
     "over d replicas ÷ bandwidth between them",
     "run = steps × step + validations × eval_iters × the slowest stage's forward + (stages − 1) × the slowest "
@@ -158,13 +159,15 @@ def make_plan(config: Config, cluster: Cluster) -> TuningPlan:
     slowest = max(_micro_batch(each, cluster, tp, dp, trains=True) for each in profiles)
     stages = tuple(_figures(each, cluster, tp, dp, slowest) for each in profiles)
     count = tuning.global_batch_size // (tuning.micro_batch_size * dp)
-    step = count * slowest + max(each.update for each in stages)
+    fills = pp - 1  # micro-batches while the pipeline fills and drains: once a step where gradients come back
+    drains = tuning.trained.has_backbone
+    step = (count + fills * drains) * slowest + max(each.update for each in stages)
     tokens_per_step = tuning.global_batch_size * tuning.seq_length
     validations = 2 + (tuning.train_iters - 1) // tuning.eval_interval if tuning.eval_interval else 2
     run = (
         tuning.train_iters * step
         + validations * tuning.eval_iters * max(each.validation for each in stages)
-        + (pp - 1) * slowest * tuning.pass_length / tuning.seq_length
+        + fills * (not drains) * slowest * tuning.pass_length / tuning.seq_length
     )
     fit_bytes, fit_seconds = max((each.num_bytes for each in fit), default=0), _fit_seconds(fit, cluster)
     run += fit_seconds

@@ -143,6 +143,11 @@ class BackboneOptimizer:
                 replica=stage * topology.tp + (topology.tp_rank if each.is_replicated else 0),
             )
 
+    def watch_gradients(self, seen: Callable[[Tensor], None]) -> None:
+        """Calls `seen` with the sum of a parameter's gradients whenever it has grown, from now on. For dry runs."""
+        for name, each in self._trained.items():
+            each.parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen(self._gradients[name]))
+
     def state_tensors(self) -> Iterator[Tensor]:
         """Yields this rank's master weights and moments."""
         for name in self._masters:

@@ -18,9 +18,11 @@ from ee_tuning.config import Config, load_config
 from ee_tuning.data.tokens import PackedSamples, Splits
 from ee_tuning.errors import InputError
 from ee_tuning.model.exit_head import ExitMLP
+from ee_tuning.parallel.relay import NextAction
 from ee_tuning.parallel.topology import destroy_parallel, init_parallel
-from ee_tuning.planning import dry_run
-from ee_tuning.planning.dry_run import RankProfile, profile_ranks
+from ee_tuning.planning.dry_run import profile_ranks
+from ee_tuning.tuning.microbatch_schedule import MicrobatchSchedule
+from ee_tuning.tuning.stage_forward import StageForward
 from ee_tuning.tuning.tuner import Tuner
 
 pytestmark = pytest.mark.slow
@@ -180,6 +182,38 @@ def test_the_account_is_of_the_true_tensors(
     assert len(held) == 3 * len(masters)
     counts = 4 * len(masters)  # Adam's own counts of its steps
     assert profile.memory["optimizer"] == sum(each.nbytes for each in held) + counts
+    destroy_parallel()
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_what_training_the_model_keeps_is_counted(trainable: str, tmp_path: Path) -> None:
+    """A plan of the heads alone, for a run whose layers have gradients, masters, moments and kept activations."""
+    random_model("llama", tmp_path / "model", hidden_size=64, intermediate_size=256, head_dim=16)
+    keys = {"exits__exit_layers": [2, 4], "exits__output": "shared", "tuning__trainable": trainable}
+    keys |= {"tuning__seq_length": 64, "tuning__micro_batch_size": 2, "tuning__global_batch_size": 4}
+    config = job(tmp_path / "model", model__dtype="float32", tuning__eval_iters=0, **keys)
+    (profile,) = profile_ranks(config, 1)
+    topology = init_parallel(config.parallel)
+    samples = Splits(train=PackedSamples(torch.zeros(65, dtype=torch.int32).numpy(), 64), valid=None)
+    tuner = Tuner(load_for_tuning(config, topology), samples, config, topology)
+    assert tuner.backbone is not None
+    masters = sum(each.nbytes for each in tuner.backbone.optimizer._masters.values())
+    assert profile.memory["optimizer"] == 3 * masters
+    assert profile.memory["gradients"] == pytest.approx(masters, rel=0.02)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    microbatch = next(MicrobatchSchedule(tuner._source, [], config.tuning).training(1))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = StageForward(tuner._model, tuner._relay(), topology).forward(microbatch, NextAction.END)
+    weights = {each.untyped_storage().data_ptr() for each in tuner._model.parameters()}
+    assert output.ends is not None
+    held = sum(size for place, size in kept.items() if place not in weights)
+    assert profile.memory["activations"] == pytest.approx(held, rel=0.05)
     destroy_parallel()
 
 
