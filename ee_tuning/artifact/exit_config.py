@@ -67,7 +67,8 @@ class ExitHeadsConfig:
     """Facts about the fit: {"tokens", "ridge"}; None without a fit."""
     output_vocab: dict[str, Any] | None = None
     """Facts about the shortlist: {"size", "tokens", "share"}, that is, its size, the tokens counted in a text, and the
-    share of them that is listed. None where the exits cover the whole vocabulary.
+    share of them that is listed; and {"widened_from"}, its size before, where it was made longer. None where the exits
+    cover the whole vocabulary.
     """
     token_ids: tuple[int, ...] = ()
     """The shortlist, increasing. Stored in a file of its own, `exit_vocab.json`."""

@@ -116,7 +116,9 @@ def vocab_text(listed: Mapping[str, Any] | None, *, drafts: bool = False) -> str
     if listed is None:
         return ""
     share = f" ({listed['share']:.1%} of a text)" if listed["tokens"] else ""
-    return f", for {listed['size']:,} tokens of the vocabulary{share}" + ("" if drafts else " and any other")
+    added = f", {listed['size'] - listed['widened_from']:,} of them added later" if "widened_from" in listed else ""
+    other = "" if drafts else f"{',' if added else ''} and any other"
+    return f", for {listed['size']:,} tokens of the vocabulary{share}{added}{other}"
 
 
 def front_matter(name: str, library: str, *tags: str) -> list[str]:

@@ -11,15 +11,16 @@ from ee_tuning.errors import InputError
 def convert(args: argparse.Namespace) -> None:
     """Writes an exit-heads artifact for a backbone."""
     config = job_of(args)
+    _check_convert(args)
     if args.eagle3 is not None:
-        made = sorted(key for key in args.overrides if key.startswith(("exits.", "data.", "tuning.")))
-        if unused := [key for key in made if key != "exits.verify"]:
-            raise InputError(
-                f"--eagle3 takes a head as it is, and {', '.join(unused)} is of new ones; leave one of them out"
-            )
         from ee_tuning.export.import_eagle3 import import_eagle3
 
         import_eagle3(config, args.eagle3, args.output, overwrite=args.overwrite)
+        return
+    if args.widen is not None:
+        from ee_tuning.export.widen_vocab import widen_vocab
+
+        widen_vocab(config, args.widen, args.output, args.token_ids, overwrite=args.overwrite)
         return
     from ee_tuning.evaluation.profile import with_exit_layers
 
@@ -28,6 +29,34 @@ def convert(args: argparse.Namespace) -> None:
     else:
         from ee_tuning.artifact.convert import convert
     convert(with_exit_layers(config), args.output, overwrite=args.overwrite)
+
+
+def _check_convert(args: argparse.Namespace) -> None:
+    """Raises InputError where flags of new heads meet a head that exists, --eagle3's or --widen's."""
+    made = [
+        key
+        for key in sorted(args.overrides)
+        if key.startswith(("exits.", "data.", "tuning.")) and key != "exits.verify"
+    ]
+    if args.eagle3 is not None and args.widen is not None:
+        raise InputError("--eagle3 and --widen exclude each other; import the head first, and widen the artifact")
+    if args.eagle3 is not None and made:
+        raise InputError(f"--eagle3 takes a head as it is, and {', '.join(made)} is of new ones; leave one of them out")
+    if args.token_ids is not None and args.widen is None:
+        raise InputError(
+            "--token-ids goes with --widen FOLDER, whose list they join; give it, or leave --token-ids out"
+        )
+    if args.widen is None:
+        return
+    if of_new := [key for key in made if key.startswith("exits.") and key != "exits.output_vocab"]:
+        raise InputError(
+            f"--widen keeps heads as they are, and {', '.join(of_new)} is of new ones; leave one of them out"
+        )
+    if args.token_ids is not None and made:
+        raise InputError(
+            f"--token-ids names the tokens that join a list, and {', '.join(made)} chooses them by texts; leave one of "
+            "them out"
+        )
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -70,6 +99,19 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an exit-heads artifact that is already there")
     parser.add_argument(
         "--eagle3", type=Path, metavar="FOLDER", help="take a published EAGLE-3 head, of vLLM's layout or speculators'"
+    )
+    parser.add_argument(
+        "--widen",
+        type=Path,
+        metavar="FOLDER",
+        help="take the exits or the drafting head of this artifact, and make its shortlist --output-vocab tokens long: the most "
+        "frequent ones of --data join it",
+    )
+    parser.add_argument(
+        "--token-ids",
+        type=Path,
+        metavar="FILE",
+        help="--widen: the tokens of this JSON list, or of another artifact's exit_vocab.json, join it instead",
     )
 
 
@@ -186,6 +228,7 @@ COMMANDS = (
   ee-tuning convert --model Llama-3.1-8B --eagle3 EAGLE3-LLaMA3.1-8B --output exits/eagle3
   ee-tuning convert --model Llama-2-7b-hf --exit-layers 8,16,24 --init fitted --data corpus.jsonl --output exits/fitted
   ee-tuning convert --model Llama-3.1-8B --exit-layers 8,16,24 --output-vocab auto --data corpus.jsonl --output exits/short
+  ee-tuning convert --model Llama-3.1-8B --widen exits/short --output-vocab 16384 --data code.jsonl --output exits/with_code
 
 The bytes written do not depend on the number of processes. Without --exit-layers, an EE-LLM checkpoint's own exits are written.
 --init fitted runs the whole model over --data (--fit-tokens of it), in any number of processes. Otherwise only copied tensors are read.

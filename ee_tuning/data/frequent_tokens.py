@@ -2,7 +2,7 @@
 case.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class TokenCounts:
     counts: NDArray[np.int64]
     """[v]."""
     required: frozenset[int]
-    """Special and stop tokens, which are always listed."""
+    """Tokens that are listed in any case: special and stop tokens, and those of a list that becomes longer."""
 
     def ordered(self) -> NDArray[np.int64]:  # [v]
         """Returns all ids in the order of listing: required ones, then by frequency, then by id."""
@@ -58,15 +58,17 @@ class TokenCounts:
         )
 
 
-def list_tokens(config: Config, model: ModelConfig, samples: Samples, topology: Topology) -> ListedTokens | None:
+def list_tokens(
+    config: Config, model: ModelConfig, samples: Samples, topology: Topology, held: Collection[int] = ()
+) -> ListedTokens | None:
     """Returns the shortlist for exits.output_vocab, the same on all ranks, or None for the whole vocabulary. All ranks
-    call it.
+    call it. The tokens `held` stay listed, however rare they are.
 
     Raises InputError where it would have no more than the required tokens, or the vocabulary is no larger.
     """
     if not config.exits.output_vocab:
         return None
-    listed = on_first_rank(topology, lambda: _list_tokens(config, model, samples))
+    listed = on_first_rank(topology, lambda: _list_tokens(config, model, samples, held))
     if topology.is_logging_rank and listed is not None:
         print(
             f"exits say {len(listed.token_ids):,} tokens of the vocabulary, {listed.record['share']:.2%} of "
@@ -77,12 +79,15 @@ def list_tokens(config: Config, model: ModelConfig, samples: Samples, topology: 
     return listed
 
 
-def _list_tokens(config: Config, model: ModelConfig, samples: Samples) -> ListedTokens | None:
+def _list_tokens(config: Config, model: ModelConfig, samples: Samples, held: Collection[int]) -> ListedTokens | None:
     check_output_vocab(config.exits, model.vocab_size)
     counts = np.zeros(model.vocab_size, dtype=np.int64)
     for labels in _labels(samples, config.tuning.seed):
         counts += np.bincount(labels, minlength=model.vocab_size)
-    known = TokenCounts(counts, required_tokens(config, model_folder(config.model.path), model))
+    known = TokenCounts(counts, required_tokens(config, model_folder(config.model.path), model).union(held))
+    if held:
+        share = counts[list(held)].sum() / max(counts.sum(), 1)
+        print(f"the {len(held):,} tokens that are listed are {share:.2%} of the training data", flush=True)
     size = config.exits.output_vocab
     if not isinstance(size, int):
         size = chosen_size(config, model, known)
@@ -94,8 +99,8 @@ def _list_tokens(config: Config, model: ModelConfig, samples: Samples) -> Listed
             return None
     if size <= len(known.required):
         raise InputError(
-            f"exits.output_vocab must be more than the {len(known.required)} special and stop tokens, which are always "
-            f"listed, got {size}; give more"
+            f"exits.output_vocab must be more than the {len(known.required)} special and stop tokens"
+            f"{' and tokens of the list' if held else ''}, which are always listed, got {size}; give more"
         )
     return known.listed(size)
 
