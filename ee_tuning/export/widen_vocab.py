@@ -1,7 +1,8 @@
 """`convert --widen`: makes the shortlist of an artifact longer, for texts whose tokens it lacks.
 
 Heads and listed rows of output matrices are copied byte for byte. Rows of tokens that join are those that `convert`
-gives new heads: the model's own, through the map where a fit was folded into the output matrix.
+gives new heads, the model's, taken through the linear map that took the model's to the listed rows: a fit that was
+folded into them, and what tuning did to all of them alike.
 """
 
 # n tokens of the old list · c rows of an output matrix, of the longer list and, but for a drafting head, of any other
@@ -24,7 +25,6 @@ from ee_tuning.checkpoint.formats import BackboneSource, check_model, open_model
 from ee_tuning.config import Config, replace
 from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.errors import InputError
-from ee_tuning.export.export_artifact import origin_of
 from ee_tuning.json_file import read_json
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import RIDGE
@@ -153,10 +153,8 @@ class _WiderHeads:
         yield from self._output(name).split(4096)
 
     def _output(self, name: str) -> Tensor:  # [c, h], of the artifact's dtype
-        own, rows = self._base.full(name), self._model_rows.clone()
-        layer = int(name.split(".")[1])
-        if origin_of(self._base.config, layer)["init"] == "fitted":
-            rows = _mapped(rows, self._held, own[: self._num_held])
+        own = self._base.full(name)
+        rows = _mapped(self._model_rows, self._held, own[: self._num_held])
         rows[self._held] = own[: self._num_held]
         if self._base.config.draft is None:  # what stands for any other token is nearly as it was, and tuned
             rows[-1] = own[-1]
@@ -169,7 +167,9 @@ class _WiderHeads:
 
 
 def _mapped(rows: Tensor, held: Tensor, own: Tensor) -> Tensor:  # [c, h], [n], [n, h] -> [c, h]
-    """Returns rows W + W D, where D is that of the listed rows: argmin ‖W D − (own − W)‖² + λ ‖D‖², as a fit's W T."""
+    """Returns rows W + W D with D of the listed rows alone: argmin ‖W D − (own − W)‖² + λ ‖D‖². Of untuned copies D is
+    0, and new rows are the model's to the bit.
+    """
     listed = rows[held].double()
     gram = listed.T @ listed
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())

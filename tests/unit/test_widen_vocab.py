@@ -23,8 +23,9 @@ LISTED = (3, 4, 7, 90, 256)
 SIZE = 20
 TEXT = " ".join(f"the {number} of {number * number} and {number % 7} more" for number in range(400))
 KINDS = {
-    "exits": {"architecture": "norm,mlp", "exit_layers": [2, 5]},
-    "drafter": {"architecture": "eagle3", "exit_layers": [], "aux_layers": [1, 3, 5]},
+    "exits": {"architecture": "norm,mlp", "exit_layers": [2, 5], "init": "copy"},
+    "drafter": {"architecture": "eagle3", "exit_layers": [], "aux_layers": [1, 3, 5], "init": "copy"},
+    "drawn": {"architecture": "adapter", "exit_layers": [2, 5], "init": "random"},
 }
 
 
@@ -88,8 +89,12 @@ def test_frequent_tokens_join_the_list_and_all_else_stays(places: dict[str, Path
                 assert torch.equal(new.full(name), old.full(name))
                 continue
             expected = torch.cat((matrix[wanted], old.full(name)[len(LISTED) :]))  # the row of any other token, if any
-            expected[[wanted.index(token) for token in LISTED]] = old.full(name)[: len(LISTED)]
-            assert torch.equal(new.full(name), expected)
+            places_now = [wanted.index(token) for token in LISTED]
+            expected[places_now] = old.full(name)[: len(LISTED)]
+            compared = (
+                slice(None) if kind != "drawn" else [*places_now, SIZE]
+            )  # the rest is no copy of the model's rows
+            assert torch.equal(new.full(name)[compared], expected[compared])
 
 
 def test_the_tokens_of_another_list_join(places: dict[str, Path], tmp_path: Path) -> None:
@@ -104,7 +109,9 @@ def test_the_tokens_of_another_list_join(places: dict[str, Path], tmp_path: Path
         assert torch.equal(new.full(name)[[*rows, -1]], old.full(name))
 
 
-def test_rows_that_join_a_fitted_exit_go_through_its_map(places: dict[str, Path], tmp_path: Path) -> None:
+def test_rows_that_join_go_through_the_map_that_a_fit_folded_into_the_others(
+    places: dict[str, Path], tmp_path: Path
+) -> None:
     """An exit whose new tokens are compared with states that its fit has turned: the model's rows are not its own."""
     keys = {
         "model.path": str(places["MODEL"]),
