@@ -102,7 +102,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         "--ways",
         nargs="+",
         metavar="WAY",
-        help="exits, tied, fitted, pruned, healed-ce, healed-kl, deepest, deepest-kl (default all but the last two)",
+        help="exits, tied, fitted, pruned, healed-ce, healed-kl, sorted, deepest, deepest-kl (default all but the last two)",
     )
     parser.add_argument(
         "--depth",

@@ -183,6 +183,7 @@ def _add_policies(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--fixed",
+        action="extend",
         nargs="+",
         type=int,
         default=[],

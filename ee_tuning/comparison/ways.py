@@ -4,6 +4,7 @@ A way is a function from the comparison to entries; the table `WAYS` at the end 
 few lines and a row. Steps that several ways share have the same output, and are run once.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +15,8 @@ from ee_tuning.comparison.job import Comparison
 from ee_tuning.comparison.texts import Texts
 from ee_tuning.pruning.choice import Measure
 
-HEADS_RATE, HEAL_RATE = 1e-3, 1e-3
-"""Default learning rates: of exit heads, and of low-rank matrices beside the layers."""
+HEADS_RATE, HEAL_RATE, SORTED_RATE = 1e-3, 1e-3, 3e-4
+"""Default learning rates: of exit heads, of low-rank matrices beside the layers, and of the layers themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,19 @@ def _healed(job: Comparison, texts: Texts, way: str, measure: Measure | None = N
     return entries
 
 
+def _sorted(job: Comparison, texts: Texts) -> list[Entry]:
+    """Sub-models that end in the model's own head, all trained together (SoFT, arXiv 2309.08968)."""
+    folder = job.folder / "sorted"
+    new: dict[str, Flag] = {"exit_layers": _listed(job), "exit_output": "shared", "trainable": "backbone"}
+    step = _tune(job, "sorted", folder / "exit_heads", job.rate("sorted", SORTED_RATE), **new)
+    return [
+        dataclasses.replace(
+            _exit_entry(job, "sorted", (step,), folder / "exit_heads"),
+            adapter=folder / "adapter",
+        )
+    ]
+
+
 def _exit_entry(
     job: Comparison,
     name: str,
@@ -187,6 +201,7 @@ WAYS: dict[str, Way] = {
         Way("pruned", "layers left out, nothing tuned", _pruned),
         Way("healed-ce", "pruned, then tuned by cross-entropy", partial(_healed, way="healed-ce"), HEAL_RATE),
         Way("healed-kl", "pruned, then distilled from the model", partial(_healed, way="healed-kl"), HEAL_RATE),
+        Way("sorted", "sub-models of fewer layers, all trained together with the model", _sorted, SORTED_RATE),
         Way("deepest", "the deepest layers but the last left out", partial(_pruned, measure="deepest")),
         Way(
             "deepest-kl",
@@ -197,7 +212,7 @@ WAYS: dict[str, Way] = {
     )
 }
 """Name -> way, in the order of tables."""
-DEFAULT_WAYS = ("exits", "tied", "fitted", "pruned", "healed-ce", "healed-kl")
+DEFAULT_WAYS = ("exits", "tied", "fitted", "pruned", "healed-ce", "healed-kl", "sorted")
 
 
 def all_steps(entries: Sequence[Entry]) -> list[Step]:

@@ -14,14 +14,17 @@ from random_models import random_llama
 from refusals import refusal
 
 from ee_tuning import cli
+from ee_tuning.checkpoint.formats import read_shape
 from ee_tuning.comparison.command import compare
-from ee_tuning.comparison.job import CompareOptions, depths_of
+from ee_tuning.comparison.entries import entries_of
+from ee_tuning.comparison.job import CompareOptions, Comparison, as_compared, depths_of
 from ee_tuning.comparison.rows import BASELINE
-from ee_tuning.comparison.texts import LOSS_TASK, SPEED_TASK
+from ee_tuning.comparison.texts import LOSS_TASK, SPEED_TASK, Texts
+from ee_tuning.comparison.ways import WAYS, all_steps
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 
-WAYS = ("exits", "pruned", "healed-kl")
+SOME = ("exits", "pruned", "healed-kl")
 TEXT = "".join(f"def f{n}(x):\n    return [x + {n} for x in range({n % 7})] or leave(early={n})\n" for n in range(400))
 TINY = {"num_hidden_layers": 4, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
 
@@ -55,7 +58,7 @@ def job(shared: Path, **changes: object) -> Config:
 
 def options(output: Path, **changes: object) -> CompareOptions:
     plain = CompareOptions(
-        output=output, tokens=300, ways=WAYS, depths=(0.5,), thresholds=(0.1,), num_samples=2, num_prompts=1, repeats=1
+        output=output, tokens=300, ways=SOME, depths=(0.5,), thresholds=(0.1,), num_samples=2, num_prompts=1, repeats=1
     )
     return dataclasses.replace(plain, **changes)
 
@@ -239,6 +242,28 @@ def test_the_plan_says_what_everything_takes(shared: Path, tmp_path: Path, capsy
     assert "4 layers, against 3 and 2 of them: 2 ways" in shown and "reads 640 tokens in 5 steps of 4 × 32" in shown
     assert "are left, 2,560 tokens" in shown, "a fit and three runs"
     assert not list(tmp_path.iterdir())
+
+
+def test_every_command_of_a_plan_parses(shared: Path, tmp_path: Path):
+    """A flag that was renamed, or of two depths only the last; found when the night's tuning is done."""
+    commands: list[list[str]] = []
+    config = as_compared(job(shared), read_shape(job(shared).model))
+    comparison = Comparison(
+        config=config,
+        options=options(tmp_path, ways=tuple(WAYS), tasks=(shared / "t.jsonl",), metrics=("exact",), num_processes=2),
+        shape=read_shape(config.model),
+        depths=(3, 2),
+        metrics={},
+        run_command=lambda command, log: commands.append(command),
+    )
+    entries = entries_of(comparison, Texts(tmp_path / "text", config.data))
+    for step in all_steps([entry for _, entry in entries]):
+        step.run()
+    parsed = [cli.parse(command[command.index("ee_tuning") + 1 :]) for command in commands]
+    assert {args.command.name for args in parsed} == {"convert", "tune", "prune", "export", "evaluate"}
+    assert all("torch.distributed.run" in command for command in commands)
+    assert [args.fixed for args in parsed if args.command.name == "evaluate" and args.fixed] == [[2, 3]] * 4
+    assert {way for way, _ in entries} == set(WAYS)
 
 
 def test_depths_are_shares_or_layers(shared: Path, tmp_path: Path):
