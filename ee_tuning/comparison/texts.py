@@ -28,7 +28,7 @@ FOLDER, SETTINGS = "text", "settings.json"
 _PIECES, _PIECE = 64, 4_000
 """A lone text is cut into this many documents, or more of so many characters."""
 _BEGINNING = 8
-"""Of a sample, 1/8 is given, and the rest is predicted."""
+"""The share of a sample that is given, as a divisor: the other 7/8 are predicted."""
 _PROMPT_TOKENS, _CHOOSING_TOKENS = 48, 9_000
 """Tokens of a prompt that is continued; and of the text by which layers are chosen."""
 

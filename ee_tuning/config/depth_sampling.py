@@ -14,7 +14,7 @@ class DepthSampling:
 
     kind: Literal["all", "rotate", "random"]
     every: int = 1
-    """Of `rotate`: each optimizer step trains every so many-th exit."""
+    """Exits from one that an optimizer step trains to the next one that it trains, where `kind` is rotate."""
 
     @staticmethod
     def of(text: str) -> "DepthSampling":

@@ -133,7 +133,7 @@ class TuningSection:
     an `mlp` exit reads.
     """
     depth_sampling: str = "all"
-    """At which depths a micro-batch is trained. all: at every exit, and at the end of the model where it is trained.
+    """The depths that a micro-batch trains. all: every exit, and the end of the model where it is trained.
     rotate:N: each optimizer step trains every N-th exit, the next step the next ones (LayerSkip's rotating early-exit
     loss), and the end of the model. random: one depth, an exit's or the end, drawn for each micro-batch of a replica
     (SortedNet, arXiv 2309.00255); deeper layers are not run. It is for exits.output = shared.

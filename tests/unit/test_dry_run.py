@@ -20,7 +20,8 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.exit_head import ExitMLP
 from ee_tuning.parallel.relay import NextAction
 from ee_tuning.parallel.topology import destroy_parallel, init_parallel
-from ee_tuning.planning.dry_run import profile_ranks
+from ee_tuning.planning import dry_run
+from ee_tuning.planning.dry_run import RankProfile, profile_ranks
 from ee_tuning.tuning.microbatch_schedule import MicrobatchSchedule
 from ee_tuning.tuning.stage_forward import StageForward
 from ee_tuning.tuning.tuner import Tuner
