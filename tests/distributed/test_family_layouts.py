@@ -21,8 +21,10 @@ from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning.tuner import Tuner
 
 BIASED = "llama with attention_bias"
+CUT = [family for family in FAMILIES if family != "mistral"]
+"""Mistral has Llama's tensors, which are cut alike."""
 LAYOUTS = [
-    *((family, 2, 1) for family in (*FAMILIES, BIASED)),
+    *((family, 2, 1) for family in (*CUT, BIASED)),
     *((family, tp, 2) for family in WITH_EXPERTS for tp in (1, 2)),
 ]
 Decoded = list[tuple[list[int], list[tuple[int, float]]]]
@@ -100,7 +102,7 @@ def test_more_ranks_decode_what_one_decodes(world, tmp_path, family, tp, pp):
 @pytest.mark.parametrize(
     ("family", "architecture", "pp", "cuts_sequence"),
     [
-        *((family, "mlp", 1, False) for family in FAMILIES if family not in WITH_EXPERTS),
+        *((family, "mlp", 1, False) for family in CUT if family not in WITH_EXPERTS),
         ("gpt2", "embedding", 1, True),
         ("gpt2", "layer", 1, False),
         ("gpt2", "layer", 2, True),
