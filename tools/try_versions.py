@@ -159,7 +159,7 @@ def install(folder: Path, versions: Versions, base: str) -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([base, "-m", "venv", str(folder)], check=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     wanted = [
         f"{package}=={version}" if version else package
         for package, version in zip(("torch", "transformers", "megatron-core"), versions[1:], strict=True)
