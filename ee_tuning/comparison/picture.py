@@ -9,10 +9,12 @@ from typing import Any
 from ee_tuning.comparison.rows import BASELINE, Row
 from ee_tuning.evaluation.bootstrap import Estimate
 from ee_tuning.evaluation.evaluation_picture import NAMES
-from ee_tuning.pictures import INK, MUTED, picture
+from ee_tuning.pictures import MUTED, picture
 
 _MARKS = {"fixed": "o", "all_layers": "o", "threshold": "^", "speculative": "D"}
-_SMALL = {"threshold": 5, "speculative": 6}
+_SIZES = {"threshold": 5, "speculative": 7}
+_LARGE = 14
+"""Size of a mark that its depth is written in."""
 _LOSS = "held-out loss, nats per token (lower is better)"
 _COLOURS = ("#2f6fde", "#c2571a", "#1f8a4c", "#8a3ffc", "#b0256b", "#0f8b8d", "#e0912f", "#5c6b8a", "#7a6a2f")
 _OFFSETS = ((7, 5), (7, -11), (-7, 7), (-7, -13))
@@ -59,20 +61,20 @@ def _draw_against_speed(
                 xerr=_errors(row.speedup),
                 yerr=_errors(found, scale),
                 fmt=_MARKS.get(row.kind, "o"),
-                markersize=_SMALL.get(row.kind, 8),
+                markersize=_SIZES.get(row.kind, _LARGE),
                 color=colour,
-                ecolor=(colour, 0.3),
+                ecolor=(colour, 0.22),
                 elinewidth=1,
                 label=None if is_labelled else way,
             )
             is_labelled = True
-            _label(axes, _short(row), point, place)
+            _label(axes, row, point, place, colour)
     _draw_baseline(axes, rows, quality, scale)
     axes.axvline(1.0, linestyle=":", color=MUTED, linewidth=1)
     axes.margins(0.08, 0.1)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=0.6)
     axes.set(
-        title="Quality against speed: labels are layers, thresholds (▲) and speculation (◆)",
+        title="Quality against speed: at a depth (its layers), by threshold (▲), by speculation (◆)",
         xlabel="tokens per second ÷ those of the whole model, same run",
         ylabel=ylabel,
     )
@@ -103,23 +105,23 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
     return {way: _COLOURS[place % len(_COLOURS)] for place, way in enumerate(ways)}
 
 
-def _short(row: Row) -> str:
-    if row.kind == "threshold":
-        return row.name.removeprefix("threshold ")
-    return "" if row.kind == "speculative" else f"{row.depth:.0f}"
-
-
-def _label(axes: Any, text: str, point: tuple[float, float], place: int) -> None:
-    dx, dy = _OFFSETS[place % len(_OFFSETS)]
-    axes.annotate(
-        text,
-        point,
-        textcoords="offset points",
-        xytext=(dx, dy),
-        ha="left" if dx > 0 else "right",
-        fontsize=8,
-        color=INK,
-    )
+def _label(axes: Any, row: Row, point: tuple[float, float], place: int, colour: str) -> None:
+    """Writes the depth into the mark, or the threshold beside it."""
+    if row.kind in ("fixed", "all_layers"):
+        inside = {"ha": "center", "va": "center", "color": "white", "fontsize": 8, "fontweight": "bold"}
+        axes.annotate(f"{row.depth:.0f}", point, zorder=5, **inside)
+    elif row.kind == "threshold":
+        dx, dy = _OFFSETS[place % len(_OFFSETS)]
+        side = "left" if dx > 0 else "right"
+        axes.annotate(
+            row.name.removeprefix("threshold "),
+            point,
+            textcoords="offset points",
+            xytext=(dx, dy),
+            ha=side,
+            color=colour,
+            fontsize=8,
+        )
 
 
 def _errors(estimate: Estimate, scale: float = 1.0) -> list[list[float]] | None:

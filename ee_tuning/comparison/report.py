@@ -9,7 +9,7 @@ from typing import Any
 from ee_tuning.comparison.job import Comparison
 from ee_tuning.comparison.picture import draw_comparison
 from ee_tuning.comparison.plan import batch_text
-from ee_tuning.comparison.rows import BASELINE, CACHED_TOKENS, Row
+from ee_tuning.comparison.rows import CACHED_TOKENS, Row
 from ee_tuning.comparison.ways import WAYS
 from ee_tuning.evaluation.bootstrap import Estimate
 from ee_tuning.evaluation.calibration_file import as_json
@@ -97,6 +97,12 @@ layers per token. Agreement: share of the tokens that the whole model says, too,
 prompts."""
 
 
+_STYLE = """\
+body { max-width: 84em } img { max-width: 62em } td { border-bottom: 0; padding: .15em .7em; vertical-align: top; line-height: 1.25 }
+th { padding: .3em .7em } tr.next td { border-top: 1px solid #c9ced9 } td:nth-child(2), th:nth-child(2) { text-align: left }
+"""
+
+
 def _page(
     comparison: Comparison,
     rows: Sequence[Row],
@@ -115,10 +121,10 @@ def _page(
     return "\n".join(
         [
             f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-            f"<style>{STYLE}</style></head><body>\n<h1>{html.escape(title)}</h1>\n<p>{html.escape(legend)}</p>\n<ul>{about}</ul>",
+            f"<style>{STYLE}{_STYLE}</style></head><body>\n<h1>{html.escape(title)}</h1>\n<p>{html.escape(legend)}</p>\n<ul>{about}</ul>",
+            *map(image, pictures),
             _table(rows, comparison.metrics),
             _failures(rows),
-            *map(image, pictures),
             f"<h2>What was run</h2>\n<pre>{html.escape(to_json(settings, indent=1, ensure_ascii=False))}</pre>",
             "</body></html>\n",
         ]
@@ -128,17 +134,19 @@ def _page(
 def _table(rows: Sequence[Row], metrics: Mapping[str, str]) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in _head(metrics))
     lines = list[str]()
-    for row in rows:
-        if row.kind == "failed":
-            continue
-        cells = "".join(
-            f"<td>{html.escape(value)}" + (f"<br><small>{interval}</small>" if interval else "") + "</td>"
-            for value, interval in _cells(row, metrics)[1:]
-        )
-        kind = ' class="whole"' if row.way == BASELINE else ""
-        way = f'<a href="{html.escape(row.evaluation)}/{PAGE}">{html.escape(row.way)}</a>'
-        lines.append(f"<tr{kind}><td>{way}</td>{cells}</tr>")
+    shown = [row for row in rows if row.kind != "failed"]
+    for place, row in enumerate(shown):
+        is_next = place == 0 or row.way != shown[place - 1].way
+        page = f'<a href="{html.escape(row.evaluation)}/{PAGE}">{html.escape(row.name)}</a>'
+        cells = "".join(map(_td, _cells(row, metrics)[2:]))
+        way = html.escape(row.way) if is_next else ""
+        lines.append(f"<tr{' class=next' if is_next else ''}><td>{way}</td><td>{page}</td>{cells}</tr>")
     return f"<table><tr>{head}</tr>\n" + "\n".join(lines) + "</table>"
+
+
+def _td(cell: tuple[str, str]) -> str:
+    value, interval = cell
+    return f"<td>{html.escape(value)}" + (f"<br><small>{interval}</small>" if interval else "") + "</td>"
 
 
 def _failures(rows: Sequence[Row]) -> str:
