@@ -53,7 +53,7 @@ def compare(config: Config, options: CompareOptions, run: RunCommand | None = No
     check_options(config, options)
     shape = read_shape(config.model)
     config = as_compared(config, shape)
-    check_tokens(config, options)
+    check_tokens(config, options, shape)
     tasks = _tasks(options)
     stamp = data_stamp(config)
     check_folder(config, options)

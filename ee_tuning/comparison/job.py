@@ -8,6 +8,8 @@ from typing import Any
 
 from ee_tuning.command_steps import Flag, ee_tuning, under_torchrun
 from ee_tuning.config import Config, Trainable
+from ee_tuning.data.loader import count_microbatches
+from ee_tuning.data.splits import check_data_settings
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.points import check_thresholds
 from ee_tuning.evaluation.task import Metric
@@ -126,9 +128,17 @@ def step_tokens(config: Config) -> int:
     return config.tuning.global_batch_size * config.tuning.seq_length
 
 
+def processes_of_a_replica(config: Config) -> int:
+    """Tensor × pipeline. Raises InputError where one of them is below 1."""
+    sizes = (config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
+    if min(sizes) < 1:
+        raise InputError(f"tensor and pipeline parallel sizes must be at least 1, got {sizes[0]} and {sizes[1]}")
+    return sizes[0] * sizes[1]
+
+
 def num_processes(config: Config, options: CompareOptions) -> int:
     """Processes of each step."""
-    layout = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    layout = processes_of_a_replica(config)
     count = options.num_processes or layout
     if count < layout or count % layout:
         raise InputError(
@@ -178,9 +188,13 @@ def check_options(config: Config, options: CompareOptions) -> None:
     num_processes(config, options)
 
 
-def check_tokens(config: Config, options: CompareOptions) -> None:
-    """Raises InputError where --tokens are no step. `config` is `as_compared`."""
+def check_tokens(config: Config, options: CompareOptions, shape: ModelConfig) -> None:
+    """Raises InputError where batches or samples have no possible size, or --tokens are no step. `config` is
+    `as_compared`.
+    """
     tuning = config.tuning
+    count_microbatches(tuning, num_processes(config, options) // processes_of_a_replica(config))
+    check_data_settings(config.data, tuning.seq_length, shape.max_position_embeddings, needs_validation=True)
     if options.tokens < step_tokens(config):
         raise InputError(
             f"--tokens must be at least {step_tokens(config)}, one step of {tuning.global_batch_size} sequences of "

@@ -39,10 +39,8 @@ def plan_lines(comparison: Comparison, entries: list[tuple[str, Entry]]) -> list
     lines += table_lines(["step", "", "tokens", ""], rows, num_left=2)
     left = [step for step in steps if not step.makes.exists()]
     total = sum(step.tokens for step in left)
-    lines.append(
-        f"\n{len(left)} steps are left, {total:,} tokens to train on and to fit to, into {comparison.folder}\n"
-    )
-    return lines
+    told = f"{len(left)} steps are left, {total:,} tokens to train on and to fit to, into {comparison.folder}"
+    return [*(line.rstrip() for line in lines), "", told, ""]
 
 
 def rates_of(comparison: Comparison) -> dict[str, float]:

@@ -183,6 +183,10 @@ def test_the_page_has_every_row(finished: tuple[Path, list[str], int]):
     [
         (["--ways", "exits", "distil"], "--ways must be some of exits, .*got distil"),
         (["--tokens", "100"], "--tokens must be at least 128, one step of 4 sequences of 32, got 100"),
+        (["--global-batch-size", "0"], "tuning.global_batch_size must be at least 1, got 0"),
+        (["--nproc", "2"], "tuning.global_batch_size must be a multiple of .*got 4; set it to 8"),
+        (["--seq-length", "200"], "tuning.seq_length must lie in 1..128"),
+        (["--tensor-model-parallel-size", "0"], "parallel sizes must be at least 1, got 0 and 1"),
         (["--depth", "0.1"], r"--depth must leave 2 to 3 of the model's 4 layers, .*got 0"),
         (["--depth", "1.5"], "--depth must be shares of the layers between 0 and 1, got 1.5"),
         (["--depth", "half"], "--depth must be numbers, got half"),
