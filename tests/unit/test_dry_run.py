@@ -60,7 +60,7 @@ def test_70b_on_128_ranks_is_rehearsed_from_its_config_alone(
     assert (
         cli.main(
             (
-                f"tune --model {model} --exit-layers 10,20,30,40,50,60,70,80 --tensor-model-parallel-size 8 "
+                f"tune --model {model} --exit-layers 10,20,30,40,50,60,70,80 --init copy --tensor-model-parallel-size 8 "
                 "--pipeline-model-parallel-size 8 --dry-run --world-size 128"
             ).split()
         )
@@ -357,6 +357,7 @@ def test_documents_that_share_a_row_cost_what_the_kernel_for_them_does(tmp_path:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
+        vocab_size=1000,
     )
     keys = {
         "exits__exit_layers": [1, 2],
@@ -364,7 +365,7 @@ def test_documents_that_share_a_row_cost_what_the_kernel_for_them_does(tmp_path:
         "tuning__seq_length": 1024,
         "tuning__micro_batch_size": 2,
         "tuning__global_batch_size": 2,
-        "tuning__loss_chunk_tokens": 16,
+        "tuning__loss_chunk_tokens": 256,
     }
     rules = {"data__reset_attention_mask": True, "data__reset_position_ids": True, "data__eod_mask_loss": True}
     mask = 2 * 1024 * 1024  # bytes
@@ -445,18 +446,18 @@ def test_lessons_of_the_final_head_are_rehearsed(keys: dict[str, Any], kinds: li
 
 def test_states_that_a_drafting_head_reads_are_counted_on_their_way(tmp_path: Path) -> None:
     """A plan without what travels beside the hidden states, or with a state that travels twice."""
-    model = config_only(tmp_path / "70b")
-    keys = {"exits__architecture": ["eagle3"], "tuning__loss": ["lk"], "parallel__pipeline_layout": [20, 20, 20, 20]}
+    model = config_only(tmp_path / "70b", num_hidden_layers=40)
+    keys = {"exits__architecture": ["eagle3"], "tuning__loss": ["lk"], "parallel__pipeline_layout": [10, 10, 10, 10]}
     ranks = profile_ranks(job(model, 8, 4, tuning__micro_batch_size=1, **keys), 32)
     states = 2048 * 8192 * 2
-    # Layers 2, 40 and 77 are read; what comes from layer 40 is what the third stage begins with.
+    # Layers 2, 20 and 37 are read; what comes from layer 20 is what the third stage begins with.
     assert [(each.stages, each.pp_bytes) for each in ranks] == [
         ((0,), 2 * states),
         ((1,), 2 * states),
         ((2,), 3 * states),
         ((3,), 0),
     ]
-    assert [each.exits for each in ranks] == [((),), ((),), ((),), ((80,),)]
+    assert [each.exits for each in ranks] == [((),), ((),), ((),), ((40,),)]
     layer = 2 * 8192 * 64 * 128 * 2 + 2 * 2 * 8192 * 8 * 128 - 8192 * 64 * 128 + 3 * 8192 * 28672
     head = (layer + 32000 * 8192) / 8 + 3 * 8192 * 8192
     assert ranks[-1].memory["optimizer"] == pytest.approx(3 * 4 * head, rel=1e-3)
