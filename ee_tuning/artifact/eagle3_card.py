@@ -6,6 +6,9 @@ from typing import Any
 from ee_tuning.checkpoint.model_card import origin_text, shell_word, vocab_text
 from ee_tuning.json_file import to_json
 
+LLAMA_CPP = "of 2026-10-01 (commit 0c1e570)"
+"""The llama.cpp in which this project has run its drafts."""
+
 
 def eagle3_artifact_card(exits: Mapping[str, Any]) -> str:
     """Returns the card of an artifact, from its `exit_config.json`."""
@@ -44,9 +47,25 @@ def eagle3_card(name: str, exits: Mapping[str, Any], layout: str, num_steps: int
         f"vllm serve {word} --speculative-config '{vllm}'",
         "```",
         "",
-        *(sglang if layout == "eagle3" else [*own, ""]),
+        *([*sglang, *_llama_cpp(word, exits, num_steps)] if layout == "eagle3" else [*own, ""]),
     ]
     return "\n".join([*_beginning(name, exits), *commands])
+
+
+def _llama_cpp(word: str, exits: Mapping[str, Any], num_steps: int) -> list[str]:
+    """Returns commands for llama.cpp, whose converter passes over the norms fc_norm and norm_output, or the reason."""
+    if exits["draft"].get("fc_norm") or exits["draft"].get("norm_output"):
+        return ["llama.cpp does not compute this head: its converter passes over `fc_norm` and `norm_output`.", ""]
+    return [
+        "```bash",
+        f"python convert_hf_to_gguf.py {word} --outfile model.gguf",
+        f"python convert_hf_to_gguf.py THIS_FOLDER --target-model-dir {word} --outfile draft.gguf",
+        f"llama-server -m model.gguf -md draft.gguf --spec-type draft-eagle3 --spec-draft-n-max {num_steps}",
+        "```",
+        "",
+        f"Tried in llama.cpp {LLAMA_CPP}.",
+        "",
+    ]
 
 
 def _beginning(name: str, exits: Mapping[str, Any]) -> list[str]:

