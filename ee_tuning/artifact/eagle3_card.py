@@ -47,7 +47,8 @@ def eagle3_card(name: str, exits: Mapping[str, Any], layout: str, num_steps: int
         f"vllm serve {word} --speculative-config '{vllm}'",
         "```",
         "",
-        *([*sglang, *_llama_cpp(word, exits, num_steps)] if layout == "eagle3" else [*own, ""]),
+        *(sglang if layout == "eagle3" else [*own, ""]),
+        *_llama_cpp(word, exits, num_steps),
     ]
     return "\n".join([*_beginning(name, exits), *commands])
 

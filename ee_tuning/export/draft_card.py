@@ -152,7 +152,7 @@ def _commands(model: str) -> list[str]:
         f"llama-server -m model.gguf -md draft.gguf --spec-type draft-simple --spec-draft-n-max {NUM_DRAFTS}",
         "```",
         "",
-        f"Tried with {TRIED['llama.cpp']}. Both files in one type (`--outtype f32`, or quantized alike), or few drafts are accepted. "
+        f"Tried with llama.cpp {TRIED['llama.cpp']}. Both files in one type (`--outtype f32`, or quantized alike), or few drafts are accepted. "
         "`llama-speculative-simple` takes the same flags and counts accepted drafts.",
         "",
     ]

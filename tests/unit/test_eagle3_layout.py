@@ -118,9 +118,10 @@ def test_the_card_has_llama_cpp_only_for_heads_that_it_computes(variant: str) ->
         "seed": 1,
         "tuned": None,
     }
-    card = eagle3_card("org/model", exits, "eagle3", 3)
-    assert ("--target-model-dir org/model" in card) == ("--spec-type draft-eagle3" in card) == (not variant)
-    assert ("does not compute" in card) == bool(variant)
+    for layout in ("eagle3", "speculators"):
+        card = eagle3_card("org/model", exits, layout, 3)
+        assert ("--target-model-dir org/model" in card) == ("--spec-type draft-eagle3" in card) == (not variant)
+        assert ("does not compute" in card) == bool(variant)
 
 
 def test_a_tied_output_matrix_is_left_to_the_engine(model: Path, tmp_path: Path) -> None:
