@@ -38,7 +38,7 @@ class FitProfile:
 
 
 def profile_fit(config: Config, world_size: int) -> list[FitProfile]:
-    """Profiles one rank of every stage, with as many micro-batches as wait at a time for the final states.
+    """Profiles one rank of every stage, with as many micro-batches as wait there at a time for the final states.
 
     Returns an empty list where nothing is fitted. The default of model.dtype is bfloat16. Raises InputError as `tune`
     would.
@@ -65,7 +65,7 @@ def print_fit(profiles: list[FitProfile]) -> None:
 
 def _profile_rank(config: Config, sources: Sources, world_size: int, stage: int, rank: int) -> FitProfile:
     began, tracker, tuning = time.perf_counter(), MemoryTracker(), config.tuning
-    count = config.parallel.pipeline_model_parallel_size + 1
+    count = config.parallel.pipeline_model_parallel_size - stage + 1  # later ones cost the same
     samples = PackedSamples(
         np.zeros(tuning.seq_length + 1, dtype=np.int32), tuning.seq_length, rules=DocumentRules.of(config.data)
     )
