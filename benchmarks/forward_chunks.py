@@ -12,12 +12,13 @@ the step. Memory is what the fullest process holds at its worst moment beyond th
 import argparse
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ee_tuning.parallel.ports import free_port
 
 LAYERS = (3, 6, 9, 12)
 
@@ -57,7 +58,7 @@ def main() -> None:
             tp, pp = map(int, layout.split("x"))
             baseline: list[Figures] = []
             for chunk in options.chunks:
-                port = _free_port()
+                port = free_port()
                 ranks = [(Path(folder), options, tp, pp, chunk, rank, port) for rank in range(tp * pp)]
                 taken = _in_processes(step, ranks)
                 baseline = baseline or taken
@@ -153,13 +154,6 @@ def _write_model(folder: Path, options: argparse.Namespace) -> None:
 def _in_processes(function: Any, arguments: list[tuple[Any, ...]]) -> list[Any]:
     with multiprocessing.get_context("spawn").Pool(len(arguments), maxtasksperchild=1) as pool:
         return pool.starmap(function, arguments, chunksize=1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _status(key: str) -> int:

@@ -2,12 +2,13 @@
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from ee_tuning.parallel.ports import free_port
 
 
 def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -26,13 +27,6 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any
     for each in ranks:
         each.join()
     return [results[rank] for rank in range(world_size)]
-
-
-def free_port() -> int:
-    """Returns a port of this machine that is free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _run(rank: int, world_size: int, port: int, answers: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:

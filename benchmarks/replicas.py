@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from rank_processes import free_port
+from ee_tuning.parallel.ports import free_port
 
 PROMPT = "import os\n\n\ndef read_{}("
 _WORLDS = (1, 2)

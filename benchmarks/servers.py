@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ee_tuning.parallel.ports import free_port
 
 PROMPT = "Question {}: what should a traveller know about the city? Answer: "
 OURS: dict[str, dict[str, Any]] = {
@@ -76,9 +77,7 @@ def main() -> None:
 @contextmanager
 def served(command: list[str]) -> Iterator[tuple[str, int]]:
     """Yields the host and port of a server that answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = probe.getsockname()
+    address = "127.0.0.1", free_port()
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with subprocess.Popen(
         [*command, "--host", address[0], "--port", str(address[1])],

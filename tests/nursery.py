@@ -5,7 +5,6 @@ work begins.
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from warm_parent import forked
+
+from ee_tuning.parallel.ports import free_port
 
 
 class Nursery:
@@ -28,10 +29,7 @@ class Nursery:
 
     def start_world(self, size: int, function: Callable[..., Any], *arguments: Any, log: Path) -> "Life":
         """`function(*arguments)` in each of `size` processes that a launcher's environment makes one world."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         return Life(
             [
                 self._begun(function, arguments, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log)

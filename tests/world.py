@@ -8,7 +8,6 @@ import gc
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import threading
 import time
@@ -18,6 +17,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
 from warm_parent import forked
+
+from ee_tuning.parallel.ports import free_port
 
 SIZE = 4
 _GRACE = 3.0  # seconds for the other ranks to end once one has failed
@@ -72,9 +73,7 @@ class World:
         self._workers = []
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         context = forked()
         for rank in range(SIZE):
             ours, theirs = context.Pipe()

@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 from multiprocessing.connection import Connection
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
+from ee_tuning.parallel.ports import free_port
 from ee_tuning.serving.settings import ServeSettings
 
 
@@ -101,9 +101,7 @@ def _environments(index: int, size: int, num_replicas: int) -> list[dict[str, st
         common["CUDA_VISIBLE_DEVICES"] = ",".join(visible[index * size : (index + 1) * size])
     if size == 1:
         return [common]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(size)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 

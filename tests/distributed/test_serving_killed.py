@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
+from ee_tuning.parallel.ports import free_port
 
 pytest.importorskip("fastapi", reason="pip install 'ee_tuning[serve]'")
 
@@ -24,10 +25,7 @@ def start() -> list[subprocess.Popen[str]]:
     model = str(ROOT / "examples" / "tiny-python-llama")
     command = [sys.executable, "-m", "ee_tuning", "serve", "--model", model, "--policy", "full", "--port", "0"]
     command += ["--pipeline-model-parallel-size", "2", "--set", "parallel.distributed_timeout_minutes=1"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             command,

@@ -3,7 +3,6 @@
 import faulthandler
 import json
 import os
-import socket
 import sys
 import time
 import traceback
@@ -12,6 +11,8 @@ from contextlib import redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from ee_tuning.parallel.ports import free_port
 
 
 def run_ranks(
@@ -28,14 +29,11 @@ def run_ranks(
 
     Raises RuntimeError with the traceback of every rank that failed, or the stacks of those that hang after `seconds`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     common = {
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         # If the machine's name can not be resolved, the ranks have no other address to meet at.
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
