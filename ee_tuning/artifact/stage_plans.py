@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from ee_tuning.artifact.exit_config import ExitHeadsConfig
-from ee_tuning.checkpoint.trained_names import check_tied, check_trainable
+from ee_tuning.checkpoint.trained_names import check_frozen_output, check_tied, check_trainable
 from ee_tuning.config import Config, TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.model.early_exit import StagePlan
@@ -27,6 +27,8 @@ def plan_tuning(config: Config, model: ModelConfig, exits: ExitHeadsConfig, topo
     if exits.ties_output and exits.exit_layers and not config.exits.shares_head:
         check_tied(config.tuning)
     cuts_sequence, teacher = _cuts_sequence(config, topology), exits.teacher_plan(config.tuning)
+    if teacher is not None and teacher.sends_hidden and not config.exits.shares_head:
+        check_frozen_output(config.tuning)
     costs = tuning_costs(config, model, exits)
     has_final_head = teacher is not None or config.tuning.trained.has_backbone
     plans = _plans(config, exits, costs, topology, has_final_head=has_final_head, max_length=config.tuning.seq_length)

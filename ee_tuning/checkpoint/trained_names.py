@@ -27,6 +27,17 @@ def check_trainable(tuning: TuningSection, config: ModelConfig) -> None:
         lora_targets(tuning, config)
 
 
+def check_frozen_output(tuning: TuningSection) -> None:
+    """Raises InputError where tuning.trainable trains the output matrix that stages with exits apply to a teacher's
+    states.
+    """
+    if tuning.trained.has_embedding:
+        raise InputError(
+            "tuning.teacher = hidden is for an output matrix that stays as it is, of which stages with exits have a copy, and "
+            f"tuning.trainable = {tuning.trainable} trains it; use top_k, or --trainable backbone"
+        )
+
+
 def check_tied(tuning: TuningSection) -> None:
     """Raises InputError where tuning.trainable trains the output matrix to which exits are tied."""
     if tuning.trained.has_embedding:

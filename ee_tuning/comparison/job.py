@@ -171,6 +171,13 @@ def check_options(config: Config, options: CompareOptions) -> None:
             f"compare takes a model without model.adapter, got {config.model.adapter}; merge both first (ee-tuning export "
             "--format hf), and give the merged folder"
         )
+    if config.model.config or config.model.trust_pickle:
+        raise InputError(
+            "compare takes a model that every step can open as it is, without model.config and model.trust_pickle; write it as a "
+            "Hugging Face folder first (ee-tuning export --format hf), and give that"
+        )
+    if config.generation.budget is not None:
+        raise InputError("compare measures every depth, and generation.budget chooses one; leave it out")
     if config.exits.path:
         raise InputError(f"compare makes its exits, and exits.path is {config.exits.path}; leave it out")
     if config.exits.drafts:

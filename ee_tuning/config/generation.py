@@ -38,7 +38,8 @@ class GenerationSection:
     """The exit of the policy `fixed`."""
     budget: float | None = None
     """Instead of exit_layer: a share of the time per token at full depth, such as 0.5. The policy is then `fixed`, at
-    the deepest exit that takes at most this, measured when the model is loaded.
+    the deepest exit that takes at most this, measured when the model is loaded. An interrupted output goes on with the
+    exit that was printed: policy fixed, and exit_layer.
     """
     prompt_lookup: bool = True
     """Whether the policy `speculative` also drafts what followed the newest tokens earlier in the text, where it

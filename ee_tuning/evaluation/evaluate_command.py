@@ -160,7 +160,8 @@ def _own_name(config: Config) -> str:
 
 def _other_model(config: Config, path: str, llm: EarlyExitLLM, topology: Topology) -> EarlyExitLLM:
     """Loads the model of --against. Raises InputError where its tokens are not those of `llm`."""
-    other = EarlyExitLLM.from_config(replace(config, model=_other_section(path), exits={"path": None}), topology)
+    whole = replace(config, model=_other_section(path), exits={"path": None}, generation={"budget": None})
+    other = EarlyExitLLM.from_config(whole, topology)
     sizes = [each.model.config.vocab_size for each in (llm, other)]
     if sizes[0] != sizes[1] or llm.tokenizer.get_vocab() != other.tokenizer.get_vocab():
         raise InputError(

@@ -199,7 +199,8 @@ class OutputFile:
                 else:
                     self._lines[self._key(tree)] = end, len(line)
                 end += len(line)
-        return AppendedFile(self.journal, end)
+        with self._refusals_named():
+            return AppendedFile(self.journal, end)
 
     def _check_same(self, there: Any) -> None:
         if not isinstance(there, dict):

@@ -88,7 +88,11 @@ def regenerate(config: Config, wish: Wish) -> None:
     topology = init_parallel(config.parallel)
     _check(config)
     # Exits are not evaluated, nor are log-probabilities requested.
-    config = replace(config, exits={"path": None}, generation={"policy": "full", "calibration": None, "logprobs": None})
+    config = replace(
+        config,
+        exits={"path": None},
+        generation={"policy": "full", "calibration": None, "logprobs": None, "budget": None},
+    )
     read = _Prompts()
     on_first_rank(topology, lambda: _read(config, wish, read))
     with owned_output(wish.output, topology):

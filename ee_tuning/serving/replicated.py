@@ -38,6 +38,11 @@ def serve_replicas(config: Config, settings: ServeSettings) -> int:
             f"serve --data-parallel-size {settings.data_parallel_size} starts its own processes, and was itself started as one "
             "of several; start it without torchrun"
         )
+    if config.generation.budget is not None:
+        raise InputError(
+            "generation.budget is measured by each replica, and they may come to different exits; start one, and give the exit "
+            "that it prints by --policy fixed --exit-layer N"
+        )
     check_devices(config, settings.data_parallel_size)
     listening = bind(settings)
     set_up_logs()

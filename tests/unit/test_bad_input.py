@@ -222,6 +222,10 @@ def test_a_prompt_as_long_as_the_context_is_refused_and_one_less_answers(shared)
             {"exits.path": None, "exits.exit_layers": [2], "exits.output": "tied", "tuning.trainable": "all"},
             ["exits.output = tied", "shared"],
         ),
+        (
+            {"tuning.trainable": "all", "tuning.teacher": "hidden", "tuning.loss": ["forward_kl"]},
+            ["tuning.teacher = hidden", "top_k"],
+        ),
         ({"tuning.depth_sampling": "random"}, ["depth_sampling", "shared", "untied"]),
         ({"tuning.teacher_model": "/no/such/model"}, ["teacher_model", "trainable"]),
         ({"tuning.trainable": "mlp", "tuning.teacher_model": "/no/such/model"}, ["/no/such/model"]),

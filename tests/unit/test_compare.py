@@ -203,6 +203,8 @@ def test_the_page_has_every_row(finished: tuple[Path, list[str], int]):
         (["--output", "model/o"], "--output must lie apart from"),
         (["--nproc", "3", "--tensor-model-parallel-size", "2"], "--nproc must be a multiple of tensor × pipeline = 2"),
         (["--adapter", "x"], "takes no --adapter"),
+        (["--trust-pickle"], "without model.config and model.trust_pickle"),
+        (["--set", "generation.budget=0.5"], "generation.budget chooses one"),
     ],
     ids=lambda given: "-".join(given[:2]).strip("-") if isinstance(given, list) else "",
 )

@@ -20,6 +20,8 @@ from exits import write_exits
 from served import MODEL, Served, config_of, served
 
 from ee_tuning import SamplingParams
+from ee_tuning.config import replace
+from ee_tuning.errors import InputError
 
 pytest.importorskip("fastapi", reason="pip install 'ee_tuning[serve]'")
 pytest.importorskip("aiohttp")
@@ -27,6 +29,7 @@ pytest.importorskip("aiohttp")
 from ee_tuning.serving.front import build_front
 from ee_tuning.serving.joined_metrics import joined_metrics
 from ee_tuning.serving.replica_set import Replica, ReplicaSet
+from ee_tuning.serving.replicated import serve_replicas
 from ee_tuning.serving.routing import Asked, Router, asked_of
 from ee_tuning.serving.server import address_of, bind, make_server
 from ee_tuning.serving.settings import ServeSettings
@@ -215,6 +218,14 @@ def test_a_dead_replica_is_told_and_not_asked(front):
         assert front.ask("/health")[0] == 200
     finally:
         front.replicas.is_draining = False
+
+
+def test_replicas_take_no_budget_that_each_would_measure(tmp_path: Path):
+    """The same request, answered at one exit or another as the replica's moment of measuring had it."""
+    exits = write_exits(MODEL, tmp_path / "heads", exit_layers=[4], init="copy")
+    config = replace(config_of(exits, tmp_path), generation={"budget": 0.5})
+    with pytest.raises(InputError, match="generation.budget is measured by each replica"):
+        serve_replicas(config, ServeSettings(data_parallel_size=2))
 
 
 @pytest.mark.slow
