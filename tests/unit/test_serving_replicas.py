@@ -224,7 +224,7 @@ def test_replicas_take_no_budget_that_each_would_measure(tmp_path: Path):
     """The same request, answered at one exit or another as the replica's moment of measuring had it."""
     exits = write_exits(MODEL, tmp_path / "heads", exit_layers=[4], init="copy")
     config = replace(config_of(exits, tmp_path), generation={"budget": 0.5})
-    with pytest.raises(InputError, match="generation.budget is measured by each replica"):
+    with pytest.raises(InputError, match=r"generation\.budget is measured by each replica"):
         serve_replicas(config, ServeSettings(data_parallel_size=2))
 
 
