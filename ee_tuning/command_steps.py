@@ -78,11 +78,10 @@ def _run_to_its_end(command: list[str], environment: dict[str, str], log: Path |
     with subprocess.Popen(command, env=environment, **piped) as process:  # type: ignore[call-overload]
         try:
             return _followed(process, log)
-        except KeyboardInterrupt:
-            _followed(process, log)  # Ctrl-C reached the command, too: a run saves what it has, and says so
-            raise
-        except BaseException:  # a signal for this process alone
-            process.terminate()
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt):  # Ctrl-C reached the command, too
+                process.terminate()
+            _followed(process, log)  # a run saves what it has, and says so
             raise
 
 

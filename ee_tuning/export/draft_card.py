@@ -96,28 +96,42 @@ def _history(layer: int, exits: Mapping[str, Any]) -> list[str]:
 
 
 def _commands(model: str) -> list[str]:
-    vllm = to_json({"method": "draft_model", "model": "THIS_FOLDER", "num_speculative_tokens": NUM_DRAFTS})
+    return [line for engine in (_vllm, _transformers, _sglang, _tensorrt_llm, _llama_cpp) for line in engine(model)]
+
+
+def _vllm(model: str) -> list[str]:
+    config = to_json({"method": "draft_model", "model": "THIS_FOLDER", "num_speculative_tokens": NUM_DRAFTS})
     return [
         "## vLLM",
         "",
         "```bash",
-        f"vllm serve {model} --speculative-config '{vllm}'",
+        f"vllm serve {model} --speculative-config '{config}'",
         "```",
         "",
         f'With `--tensor-parallel-size N` add `"draft_tensor_parallel_size": N`. Tried with {TRIED["vLLM"]}.',
         "",
+    ]
+
+
+def _transformers(model: str) -> list[str]:
+    return [
         "## transformers",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{model}")',
-        'draft = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        f'model = AutoModelForCausalLM.from_pretrained("{model}", trust_remote_code=False)',
+        'draft = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=False)',
         "model.generate(**inputs, assistant_model=draft, do_sample=False)",
         "```",
         "",
         f"Tried with {TRIED['transformers']}.",
         "",
+    ]
+
+
+def _sglang(model: str) -> list[str]:
+    return [
         "## SGLang",
         "",
         "```bash",
@@ -128,6 +142,11 @@ def _commands(model: str) -> list[str]:
         "",
         f"{NUM_DRAFTS - 1} drafts a round: SGLang counts the token before them, too. Not tried; the flags were read in the source of 0.5.23.",
         "",
+    ]
+
+
+def _tensorrt_llm(model: str) -> list[str]:
+    return [
         "## TensorRT-LLM",
         "",
         "```bash",
@@ -144,6 +163,11 @@ def _commands(model: str) -> list[str]:
         "Not tried; the keys were read in the source at commit 0004396, which takes `Draft_Target` and not the `DraftTarget` of its "
         "documentation. `--extra_llm_api_options` is another name of `--config`.",
         "",
+    ]
+
+
+def _llama_cpp(model: str) -> list[str]:
+    return [
         "## llama.cpp",
         "",
         "```bash",

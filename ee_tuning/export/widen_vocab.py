@@ -19,13 +19,13 @@ from ee_tuning.artifact.convert import check_output_vocab, print_summary
 from ee_tuning.artifact.exit_config import ExitHeadsConfig
 from ee_tuning.artifact.exit_heads import ExitHeadsReader, check_bound_to, check_output, write_exit_heads
 from ee_tuning.artifact.exit_init import InitialExits
+from ee_tuning.artifact.exit_vocab import read_id_list
 from ee_tuning.artifact.shapes import with_seq_length
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import BackboneSource, check_model, open_model
 from ee_tuning.config import Config, replace
 from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.errors import InputError
-from ee_tuning.json_file import read_json
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import RIDGE
 from ee_tuning.model_config.config import ModelConfig
@@ -116,15 +116,7 @@ def _listed(
 
 def _joined_list(path: Path, held: Collection[int], base: ExitHeadsReader, vocab_size: int) -> ListedTokens:
     """Returns the list that the tokens of the file join."""
-    try:
-        tree = read_json(path)
-    except OSError as error:
-        raise InputError(f"--token-ids: {path} can not be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"--token-ids: {path} is not JSON: {error}") from error
-    ids = tree.get("token_ids") if isinstance(tree, dict) else tree
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise InputError(f"--token-ids must be a JSON list of token ids, or an exit_vocab.json, and {path} is neither")
+    ids = read_id_list(path, "give --token-ids a JSON list of token ids, or an exit_vocab.json")
     for token in ids:
         if not 0 <= token < vocab_size:
             raise InputError(f"{path} must hold ids of the model's vocabulary of {vocab_size}, got {token}")

@@ -28,7 +28,7 @@ class DepthTimes:
 
     full: float
     exits: dict[int, float]
-    """By exit layer, shallow to deep."""
+    """Seconds per token of each exit layer, shallow to deep."""
 
     def share(self, layer: int) -> float:
         """The time of an exit as a share of full depth's."""

@@ -16,9 +16,9 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 from ee_tuning.cache_folder import VARIABLE, cache_folder, check_writable, is_private
 
@@ -49,13 +49,17 @@ def kernels(number: Number = "float") -> ctypes.CDLL | None:
     try:
         return _loaded(compiler, number)
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
         log.warning(
             "the decoding kernels could not be built with %s, torch's operators serve in their place, about half as fast: %s",
             compiler,
-            said.strip()[-400:],
+            _said(error)[-400:],
         )
         return None
+
+
+def _said(error: OSError | subprocess.SubprocessError) -> str:
+    """Returns what the compiler printed, or else the error's text."""
+    return str(getattr(error, "stderr", None) or error).strip()
 
 
 def _compiler() -> str | None:
@@ -69,10 +73,17 @@ def _loaded(compiler: str, number: Number) -> ctypes.CDLL:
     library = _library(compiler, number)
     if kept := _kept(library):
         return kept
-    with _locked(library):
+    with _locked(library) as lock:
         if kept := _kept(library):  # another process has built it meanwhile
             return kept
-        _build(compiler, number, library)
+        if failure := lock.read():  # not each in turn: a compiler that hangs does so for minutes
+            raise OSError(failure)
+        try:
+            _build(compiler, number, library)
+        except (OSError, subprocess.SubprocessError) as error:
+            lock.write(_said(error))
+            lock.flush()
+            raise
     return ctypes.CDLL(str(library))
 
 
@@ -87,20 +98,21 @@ def _kept(library: Path) -> ctypes.CDLL | None:
 
 
 @contextmanager
-def _locked(library: Path) -> Iterator[None]:
+def _locked(library: Path) -> Iterator[TextIO]:
     """One process builds while others wait: the ranks of a machine would run a compiler each, of hundreds of megabytes.
-    On a file system without locks each builds.
+    On a file system without locks each builds. Yields the lock's file, in which those that waited find what the first
+    one wrote.
     """
     path = library.with_suffix(".lock")
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        with suppress(OSError):  # a process that still waits for it finds the library
-            path.unlink()
-        os.close(handle)
+    with open(path, "a+", encoding="utf-8", errors="replace", opener=partial(os.open, mode=0o600)) as lock:
+        try:
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.seek(0)
+            yield lock
+        finally:
+            with suppress(OSError):  # processes that wait have it open
+                path.unlink()
 
 
 def _library(compiler: str, number: Number = "float") -> Path:

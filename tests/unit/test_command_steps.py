@@ -10,6 +10,7 @@ from refusals import refusal
 from rich.console import Console
 
 from ee_tuning.command_steps import ee_tuning, run_command, under_torchrun
+from ee_tuning.interrupts import term_raises
 
 
 def console() -> Console:
@@ -35,6 +36,20 @@ def test_an_interrupted_command_ends_all(tmp_path: Path, end: str):
     program = f"import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); {end}"
     with pytest.raises(KeyboardInterrupt):
         run_command(console(), [sys.executable, "-c", program], tmp_path / "log")
+
+
+def test_a_command_that_is_terminated_is_heard_to_its_end(tmp_path: Path):
+    """SIGTERM for the parent alone: the last words of a run that saves a checkpoint, written into a closed pipe."""
+    program = (
+        "import os, signal, sys, time\n"
+        "def save(*_):\n    time.sleep(0.2); print('saved'); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(30); print('was never ended')"
+    )
+    with pytest.raises(SystemExit), term_raises():
+        run_command(console(), [sys.executable, "-c", program], tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "saved\n"
 
 
 def test_commands_are_shown_as_typed():

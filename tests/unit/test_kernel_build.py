@@ -1,8 +1,12 @@
 """Building the kernels: what is kept, and what happens where they can not be built."""
 
+import fcntl
 import logging
+import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +96,31 @@ def test_a_compiler_that_fails_is_named(
         assert build.kernels() is None
     assert str(compiler) in caplog.text and "no such option: -fopenmp" in caplog.text
     assert list((tmp_path / "cache" / "kernels").iterdir()) == []
+
+
+@needs_compiler
+def test_processes_that_wait_do_not_try_a_failing_compiler_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that hangs for two minutes, tried by eight ranks in turn."""
+    tried, waiting, flock = list[list[str]](), list[int](), fcntl.flock
+
+    def lock(file: Any, how: int) -> None:
+        waiting.append(how)
+        flock(file, how)
+
+    def fail(command: list[str]) -> None:
+        tried.append(command)
+        until = time.monotonic() + 20
+        while len(waiting) < 4:  # the others have the lock's file open
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        raise subprocess.TimeoutExpired(command, build.TIMEOUT)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    monkeypatch.setattr(build, "_run", fail)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: build.kernels(), range(4))) == [None] * 4
+    assert len(tried) == 1
+    assert list(build.kernel_folder().iterdir()) == []
 
 
 def test_a_folder_that_others_may_write_is_not_trusted(tmp_path: Path) -> None:

@@ -175,6 +175,7 @@ def test_every_from_pretrained_says_whether_code_is_trusted() -> None:
         *CHECKOUT.glob("docs/*.md"),
         *CHECKOUT.glob("examples/*.md"),
         CHECKOUT / "ee_tuning" / "checkpoint" / "model_card.py",
+        *CHECKOUT.glob("ee_tuning/export/*_card.py"),
     ]:
         for line in path.read_text(encoding="utf-8").splitlines():
             assert "from_pretrained(" not in line or "trust_remote_code=" in line, f"{path}: {line}"
