@@ -24,11 +24,11 @@ class Step:
     """A step of a longer work."""
 
     title: str
-    minutes: float
-    """Approximate duration; 0 where it is not known."""
     makes: Path
     """Its output, which exists exactly if the step is finished."""
     run: Callable[[], None]
+    minutes: float = 0
+    """Approximate duration; 0 where it is not known."""
     tokens: int = 0
     """Tokens that it trains on, or fits to."""
 

@@ -170,8 +170,8 @@ def described_heads(section: ExitsSection, layers: tuple[int, ...], model: Model
     """Returns the keys of ExitHeadsConfig for exits after `layers`: architectures, the adapters' rank, initialization.
 
     The default architecture is `mlp`, or `norm` for a model with experts, which has no MLP to copy, and for exits that
-    share the final head. Raises InputError
-    where the section names neither one architecture nor one per exit, or an impossible one.
+    share the final head. Raises InputError where the section names neither one architecture nor one per exit, or an
+    impossible one.
     """
     has_norms = model.num_experts or section.output == "shared"
     words: tuple[Architecture, ...] = section.architecture or ("norm" if has_norms else "mlp",)

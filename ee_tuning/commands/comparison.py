@@ -114,13 +114,13 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         "--lr",
         nargs="+",
         metavar="X|WAY=X",
-        help="learning rate of all tuned ways, or of one (default 1e-3)",
+        help="learning rate of all tuned ways, or of one (default 1e-3; of sorted 3e-4)",
     )
     parser.add_argument(
         "--trainable",
         default="lora",
         metavar="KIND",
-        help="what healing trains: lora, mlp, last:K, half or backbone (default %(default)s)",
+        help="what healing trains: lora, mlp, last:K, half, backbone or all (default %(default)s)",
     )
     parser.add_argument(
         "--drop-measure",

@@ -13,7 +13,7 @@ from rich.console import Console
 from ee_tuning.checkpoint.formats import read_shape
 from ee_tuning.command_steps import run_command
 from ee_tuning.comparison.entries import entries_of, run_entries
-from ee_tuning.comparison.folder import OWNER, RATE, check_folder, check_same, data_stamp, write_job
+from ee_tuning.comparison.folder import OWNER, RATES, check_folder, check_same, data_stamp, write_job
 from ee_tuning.comparison.job import (
     CompareOptions,
     Comparison,
@@ -31,7 +31,7 @@ from ee_tuning.comparison.texts import LOSS_TASK, SPEED_TASK, Texts, texts_of
 from ee_tuning.comparison.ways import Entry
 from ee_tuning.config import Config, DataSection, replace
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.task import METRICS, Task, read_task
+from ee_tuning.evaluation.task import Task, read_tasks
 from ee_tuning.generation.many import model_fingerprint
 from ee_tuning.interrupts import term_raises
 from ee_tuning.parallel.launcher import launched_rank
@@ -69,8 +69,7 @@ def compare(config: Config, options: CompareOptions, run: RunCommand | None = No
         print_plan(comparison, entries_of(comparison, Texts(options.output / "text", config.data)))
         return 0
     with owned(options.output, None, lock_file=options.output / OWNER), term_raises():
-        facts: dict[str, Any] = {"data": stamp, "model": model_fingerprint(config)}
-        facts |= {f"{RATE}{way}": rate for way, rate in rates_of(comparison).items()}
+        facts: dict[str, Any] = {"data": stamp, "model": model_fingerprint(config), RATES: rates_of(comparison)}
         facts |= {f"task {task.name}": f"{task.metric}, {task.digest()}" for task in tasks}
         settings = settings_of(config, options, comparison.depths, facts)
         check_same(options.output, settings)
@@ -104,16 +103,6 @@ def _of_steps(config: Config, data: DataSection) -> Config:
 
 def _tasks(options: CompareOptions) -> list[Task]:
     """Reads the tasks. Raises InputError where one can not be used."""
-    if options.tasks and len(options.metrics) not in (1, len(options.tasks)):
-        raise InputError(
-            f"--metric must be given once for all tasks, or as often as --task ({len(options.tasks)}), got "
-            f"{len(options.metrics) or 'none'}; they are {', '.join(METRICS)}"
-        )
     if options.metrics and not options.tasks:
         raise InputError("--metric is of --task, got no task; give --task FILE.jsonl, or leave it out")
-    named = zip(options.tasks, options.metrics_of_tasks, strict=True)
-    tasks = [read_task(path, metric) for path, metric in named]
-    names = [LOSS_TASK, SPEED_TASK, *(task.name for task in tasks)]
-    if double := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"tasks must have different names, got {double} twice; rename a file")
-    return tasks
+    return read_tasks(options.tasks, options.metrics, taken=(LOSS_TASK, SPEED_TASK)) if options.tasks else []

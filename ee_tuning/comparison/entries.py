@@ -54,7 +54,7 @@ def _measuring(comparison: Comparison, texts: Texts, entry: Entry) -> Step:
     flags: dict[str, Flag] = {
         "model": entry.model,
         "task": [texts.held_out, texts.continued, *options.tasks],
-        "metric": ["perplexity", "exact", *options.metrics_of_tasks],
+        "metric": ["perplexity", "exact", *comparison.metrics.values()],
         "repeats": options.repeats,
         "thresholds": ",".join(f"{each:g}" for each in options.thresholds) if entry.leaves_early else "none",
     }
@@ -66,10 +66,6 @@ def _measuring(comparison: Comparison, texts: Texts, entry: Entry) -> Step:
         flags["against"] = comparison.model
     if entry.leaves_early:
         flags["speculative"] = True
-    line = partial(comparison.run, f"{entry.name}-evaluate", "evaluate", **flags)
-    fixed: list[str | Path] = [str(layer) for layer in sorted(entry.fixed)]
-    return Step(f"measure {entry.name}", 0, output / FIGURES, partial(line, **_given("fixed", fixed), output=output))
-
-
-def _given(flag: str, values: list[str | Path]) -> dict[str, Flag]:
-    return {flag: values} if values else {}
+    flags["fixed"] = [str(layer) for layer in sorted(entry.fixed)]
+    run = partial(comparison.run, f"{entry.name}-evaluate", "evaluate", **flags, output=output)
+    return Step(f"measure {entry.name}", output / FIGURES, run)

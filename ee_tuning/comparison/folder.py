@@ -8,7 +8,9 @@ from ee_tuning.comparison.job import JOB_FILE, CompareOptions, Comparison
 from ee_tuning.comparison.texts import FOLDER, SETTINGS
 from ee_tuning.config import Config, save_config
 from ee_tuning.config.paths import is_number
-from ee_tuning.data.sources import find_corpora
+from ee_tuning.data.cache import file_stamps
+from ee_tuning.data.indexed import with_suffix
+from ee_tuning.data.sources import BIN_SUFFIX, INDEX_SUFFIX, find_corpora
 from ee_tuning.differences import differences_text
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import parse_json, to_json
@@ -19,8 +21,8 @@ OWNER = ".owner"
 """The file that names the process at work."""
 MARK = f"{FOLDER}/{SETTINGS}"
 """The settings of the job, written together with its texts."""
-RATE = "learning rate of "
-"""Beginning of the settings that only the ways asked for have."""
+RATES = "learning rates"
+"""The setting that only the ways asked for have a part in."""
 
 
 def check_folder(config: Config, options: CompareOptions) -> None:
@@ -47,16 +49,19 @@ def check_same(output: Path, settings: dict[str, Any]) -> None:
         there = parse_json((output / MARK).read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{output / MARK} can not be read: {error}; give another --output") from error
-    both = {**there, **settings}
-    further = {key for key in both if key.startswith(RATE) and (key not in there or key not in settings)}
-    common = [{key: value for key, value in each.items() if key not in further} for each in (there, settings)]
-    if differences := differences_text(*common):
+    rates, former = settings[RATES], there.get(RATES, {})
+    if differences := differences_text(_flat(there, {**rates, **former}), _flat(settings, {**former, **rates})):
         raise InputError(
             f"{output} holds a comparison of another job, which differs in {differences}; give that job, or another --output"
         )
-    if both != there:
+    if not rates.keys() <= former.keys():
         with atomic_file(output / MARK) as temporary:
-            temporary.write_text(to_json(both, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(to_json({**there, RATES: {**former, **rates}}, indent=1) + "\n", encoding="utf-8")
+
+
+def _flat(settings: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
+    others = {key: value for key, value in settings.items() if key != RATES}
+    return {**others, **{f"learning rate of {way}": rate for way, rate in rates.items()}}
 
 
 def write_job(comparison: Comparison) -> None:
@@ -70,8 +75,12 @@ def data_stamp(config: Config) -> str:
     data, files = config.data, list[Path]()
     for paths, key in ((data.paths, "data.paths"), (data.valid_paths, "data.valid_paths")):
         for corpus in find_corpora(paths, key, data.text_key) if paths or key == "data.paths" else ():
-            files += [*corpus.texts, *(prefix.with_name(f"{prefix.name}.bin") for prefix in corpus.prefixes)]
-    stamps = [[path.resolve().name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+            tokens = (
+                with_suffix(prefix, suffix) for prefix in corpus.prefixes for suffix in (BIN_SUFFIX, INDEX_SUFFIX)
+            )
+            files += [*corpus.texts, *tokens]
+    # Names without folders, so that data may move.
+    stamps = [[Path(path).name, size, time] for path, size, time in file_stamps(files)]
     weights = [path for path in data.paths if is_number(path)]
     digest = hashlib.sha256(to_json([stamps, weights]).encode()).hexdigest()
-    return f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes, {digest[:8]}"
+    return f"{len(files)} files, {sum(size for _, size, _ in stamps):,} bytes, {digest[:8]}"

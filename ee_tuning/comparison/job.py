@@ -16,6 +16,7 @@ from ee_tuning.evaluation.task import Metric
 from ee_tuning.json_file import parse_json, to_json
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.pruning.choice import Measure
+from ee_tuning.tuning.fitting import num_fit_tokens
 
 SEQ_LENGTH = 256
 """Default tokens of a training sample, where the model has as many positions."""
@@ -58,11 +59,6 @@ class CompareOptions:
     dry_run: bool = False
     as_json: bool = False
 
-    @property
-    def metrics_of_tasks(self) -> tuple[Metric, ...]:
-        """One metric for each task."""
-        return self.metrics * len(self.tasks) if len(self.metrics) == 1 else self.metrics
-
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -101,8 +97,7 @@ class Comparison:
     @property
     def fit_tokens(self) -> int:
         """Tokens that a linear fit reads: at most as many as tuning does."""
-        wanted = self.config.tuning.fit_tokens or 100 * (self.shape.hidden_size + 1)
-        return min(wanted, self.tuning_tokens)
+        return min(num_fit_tokens(self.config.tuning, self.shape.hidden_size), self.tuning_tokens)
 
     @property
     def can_fit(self) -> bool:
@@ -186,7 +181,7 @@ def check_options(config: Config, options: CompareOptions) -> None:
         )
     if not Trainable.of(options.trainable).has_backbone:
         raise InputError(
-            "--trainable must be lora, mlp, last:K, half or backbone, for healing trains layers, got heads"
+            "--trainable must be lora, mlp, last:K, half, backbone or all, for healing trains layers, got heads"
         )
     check_thresholds(options.thresholds)
     for way, rate in options.rates.items():

@@ -1,6 +1,5 @@
 """Pictures of a comparison: quality against speed, and quality by depth."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from ee_tuning.comparison.rows import BASELINE, Row
 from ee_tuning.evaluation.bootstrap import Estimate
-from ee_tuning.evaluation.evaluation_picture import NAMES
+from ee_tuning.evaluation.evaluation_picture import NAMES, errors
 from ee_tuning.pictures import MUTED, picture
 
 _MARKS = {"fixed": "o", "all_layers": "o", "threshold": "^", "speculative": "D"}
@@ -58,8 +57,8 @@ def _draw_against_speed(
             point = (row.speedup.value, scale * found.value)
             axes.errorbar(
                 *point,
-                xerr=_errors(row.speedup),
-                yerr=_errors(found, scale),
+                xerr=errors(row.speedup),
+                yerr=errors(found, scale),
                 fmt=_MARKS.get(row.kind, "o"),
                 markersize=_SIZES.get(row.kind, _LARGE),
                 color=colour,
@@ -122,9 +121,3 @@ def _label(axes: Any, row: Row, point: tuple[float, float], place: int, colour: 
             color=colour,
             fontsize=8,
         )
-
-
-def _errors(estimate: Estimate, scale: float = 1.0) -> list[list[float]] | None:
-    if not all(map(math.isfinite, (estimate.low, estimate.value, estimate.high))):
-        return None
-    return [[scale * max(0.0, estimate.value - estimate.low)], [scale * max(0.0, estimate.high - estimate.value)]]

@@ -1,6 +1,5 @@
 """Rows of a comparison: from what `ee-tuning evaluate` wrote about each model, and from sizes of files and shapes."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,8 +14,10 @@ from ee_tuning.checkpoint.model_size import parameters_by_part
 from ee_tuning.comparison.texts import LOSS_TASK, SPEED_TASK
 from ee_tuning.comparison.ways import Entry
 from ee_tuning.config import ModelSection
+from ee_tuning.errors import InputError
 from ee_tuning.evaluation.bootstrap import Estimate
 from ee_tuning.evaluation.evaluation_folder import FIGURES
+from ee_tuning.json_file import read_json
 from ee_tuning.model_config.config import ModelConfig
 
 CACHED_TOKENS = 1000
@@ -69,16 +70,19 @@ class Measured:
 
     tasks: dict[str, list[dict[str, Any]]]
     """Task -> its points, full depth first."""
-    metrics: dict[str, str]
     dtype: str
 
 
 def read_evaluation(folder: Path) -> Measured:
-    """Reads the figures of an evaluation."""
-    tree = json.loads((folder / FIGURES).read_text(encoding="utf-8"))
+    """Reads the figures of an evaluation. Raises InputError where they are damaged."""
+    try:
+        tree = read_json(folder / FIGURES)
+    except ValueError as error:
+        raise InputError(
+            f"{folder / FIGURES} is damaged: {error}; remove {folder}, and it is measured again"
+        ) from error
     return Measured(
         {task["name"]: task["points"] for task in tree["tasks"]},
-        {task["name"]: task["metric"] for task in tree["tasks"]},
         tree["settings"]["dtype"],
     )
 

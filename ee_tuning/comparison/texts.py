@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ee_tuning.config import Config, DataSection
-from ee_tuning.data.file_kind import check_no_lines, kind_of, opened
+from ee_tuning.data.documents import file_ranges, read_records
+from ee_tuning.data.file_kind import kind_of
 from ee_tuning.data.loader import VALIDATION_SEED
 from ee_tuning.data.sources import find_corpora
 from ee_tuning.data.splits import load_samples
@@ -147,15 +148,8 @@ def _is_lone_text(data: DataSection) -> bool:
 
 def _pieces(path: Path) -> Iterator[str]:
     """Cuts a text at ends of lines into documents."""
-    with opened(path, kind_of(path).packing) as file:
-        content = file.read()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} must be a text in UTF-8, and byte {error.start} is none; convert it (iconv -t utf-8), or name its format"
-        ) from error
-    check_no_lines(text, path)
+    ((record, _),) = read_records(file_ranges([path])[0], "text")
+    text = str(record["text"])
     size, piece = max(1, min(_PIECE, len(text) // _PIECES)), ""
     for line in text.split("\n"):
         piece += line + "\n"

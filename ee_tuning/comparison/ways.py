@@ -95,7 +95,6 @@ def _healed(job: Comparison, texts: Texts, way: str, measure: Measure | None = N
         )
         merge = Step(
             f"merge what was trained into {folder.name}",
-            0,
             folder / "model",
             partial(
                 job.run,
@@ -159,13 +158,13 @@ def _fitted_step(job: Comparison) -> Step:
     output = job.folder / "fitted"
     flags: dict[str, Flag] = {"exit_layers": _listed(job), "init": "fitted", "fit_tokens": job.fit_tokens}
     run = partial(job.run, "fitted", "convert", **flags, output=output)
-    return Step(f"fit exits after layers {_listed(job)} by least squares", 0, output, run, job.fit_tokens)
+    return Step(f"fit exits after layers {_listed(job)} by least squares", output, run, tokens=job.fit_tokens)
 
 
 def _converted_step(job: Comparison) -> Step:
     output = job.folder / "copied"
     run = partial(job.run, "copied", "convert", exit_layers=_listed(job), init="copy", output=output)
-    return Step(f"copy exits after layers {_listed(job)} from the model", 0, output, run)
+    return Step(f"copy exits after layers {_listed(job)} from the model", output, run)
 
 
 def _prune_step(job: Comparison, texts: Texts, depth: int, measure: Measure) -> Step:
@@ -174,7 +173,7 @@ def _prune_step(job: Comparison, texts: Texts, depth: int, measure: Measure) -> 
     flags: dict[str, Flag] = {"data": texts.choosing, "drop": f"auto:{dropped}", "measure": measure}
     picture = job.folder / f"{name}.png"
     run = partial(job.run, name, "prune", **flags, picture=picture, output=output)
-    return Step(f"leave out {dropped} layers by {measure}: {name}", 0, output, run)
+    return Step(f"leave out {dropped} layers by {measure}: {name}", output, run)
 
 
 def _tune(job: Comparison, name: str, makes: Path, lr: float, **flags: Flag) -> Step:
@@ -189,7 +188,7 @@ def _tune(job: Comparison, name: str, makes: Path, lr: float, **flags: Flag) -> 
         output=makes.parent,
         **flags,
     )
-    return Step(f"tune {name}, {job.num_steps} steps", 0, makes, run, job.tuning_tokens)
+    return Step(f"tune {name}, {job.num_steps} steps", makes, run, tokens=job.tuning_tokens)
 
 
 WAYS: dict[str, Way] = {

@@ -50,21 +50,23 @@ class Demo:
     def steps(self) -> list[Step]:
         """Lists all steps. Minutes are for two idle cores."""
         return [
-            Step("take the model", 0.2, self.model, self._take_model),
-            Step("have the model answer prompts, for its exits to learn", 3, self.answers, self._answer),
-            Step(f"put exits behind layers {LAYERS}, fitted by least squares", 1, self.converted, self._convert),
-            Step(f"tune them, {STEPS} steps", 1.5, self.tuned, self._tune),
+            Step("take the model", self.model, self._take_model, minutes=0.2),
+            Step("have the model answer prompts, for its exits to learn", self.answers, self._answer, minutes=3),
+            Step(
+                f"put exits behind layers {LAYERS}, fitted by least squares", self.converted, self._convert, minutes=1
+            ),
+            Step(f"tune them, {STEPS} steps", self.tuned, self._tune, minutes=1.5),
             *(
                 Step(
                     f"find the confidence from which {agreement:.0%} of each exit's tokens are the full model's",
-                    0.4,
                     file,
                     partial(self._calibrate, agreement, file),
+                    minutes=0.4,
                 )
                 for agreement, file in zip(AGREEMENTS, self.calibrations, strict=True)
             ),
-            Step("measure quality and speed on a held-out task", 6.5, self.evaluation, self._evaluate),
-            Step("report", 0.5, self.report, lambda: write_report(self.folder, self.calibrations[0])),
+            Step("measure quality and speed on a held-out task", self.evaluation, self._evaluate, minutes=6.5),
+            Step("report", self.report, lambda: write_report(self.folder, self.calibrations[0]), minutes=0.5),
         ]
 
     def _run(self, command: str, **flags: Flag) -> None:

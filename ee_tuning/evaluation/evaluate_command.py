@@ -23,8 +23,7 @@ from ee_tuning.evaluation.evaluation_report import print_tables, write_reports
 from ee_tuning.evaluation.figures import Evaluation
 from ee_tuning.evaluation.points import Point, PolicySweep, check_thresholds
 from ee_tuning.evaluation.readings import ItemResult
-from ee_tuning.evaluation.task import METRICS, Metric, Task, read_task
-from ee_tuning.evaluation.text_metrics import score_of
+from ee_tuning.evaluation.task import Metric, Task, read_tasks
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.many import model_fingerprint, model_settings
 from ee_tuning.line_file import read_lines
@@ -70,11 +69,6 @@ def _read(config: Config, options: EvaluateOptions) -> list[Task]:
     """Reads the tasks. Nothing is written."""
     if not options.tasks:
         raise InputError("evaluate needs a task, got none; give --task FILE.jsonl")
-    if len(options.metrics) not in (1, len(options.tasks)):
-        raise InputError(
-            f"--metric must be given once for all tasks, or as often as --task ({len(options.tasks)}), got "
-            f"{len(options.metrics) or 'none'}; they are {', '.join(METRICS)}"
-        )
     check_thresholds(options.sweep.thresholds)
     sources = (
         *options.tasks,
@@ -88,15 +82,7 @@ def _read(config: Config, options: EvaluateOptions) -> list[Task]:
     )
     check_apart(options.output, sources, around=True)
     check_folder(options.output, options.overwrites)
-    metrics = options.metrics * (len(options.tasks) if len(options.metrics) == 1 else 1)
-    tasks = [read_task(path, metric, limit=options.limit) for path, metric in zip(options.tasks, metrics, strict=True)]
-    names = [task.name for task in tasks]
-    if double := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"tasks must have different names, got {double} twice; rename a file")
-    for task in tasks:
-        if task.text_metric is not None:
-            score_of(task.text_metric)  # raises where its package is missing
-    return tasks
+    return read_tasks(options.tasks, options.metrics, limit=options.limit)
 
 
 def _evaluate(config: Config, options: EvaluateOptions, topology: Topology, tasks: list[Task]) -> None:

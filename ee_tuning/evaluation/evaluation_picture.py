@@ -2,6 +2,7 @@
 left.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ def _draw_point(axes: Any, point: PointResult, across: Estimate, scale: float, l
     axes.errorbar(
         across.value,
         scale * point.metric.value,
-        xerr=_errors(across),
-        yerr=_errors(point.metric, scale),
+        xerr=errors(across),
+        yerr=errors(point.metric, scale),
         fmt=_MARKS.get(point.kind, "o"),
         color=colour,
         ecolor=(colour, 0.35),
@@ -119,6 +120,9 @@ def _across(point: PointResult, num_layers: int) -> Estimate:
     return Estimate(*(100 * (1 - each / num_layers) for each in (depth.value, depth.high, depth.low)))
 
 
-def _errors(estimate: Estimate, scale: float = 1.0) -> list[list[float]]:
+def errors(estimate: Estimate, scale: float = 1.0) -> list[list[float]] | None:
+    """Returns an error bar of an estimate, as matplotlib takes it; None where the interval is not known."""
+    if not all(map(math.isfinite, (estimate.low, estimate.value, estimate.high))):
+        return None
     # A percentile interval of few draws may not contain the value.
     return [[scale * max(0.0, estimate.value - estimate.low)], [scale * max(0.0, estimate.high - estimate.value)]]

@@ -7,6 +7,7 @@
 
 import difflib
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,7 +15,7 @@ from typing import Any, Literal, get_args
 from ee_tuning.data.json_lines import read_json_lines
 from ee_tuning.data.messages import chat_messages
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.text_metrics import TextMetric
+from ee_tuning.evaluation.text_metrics import TextMetric, score_of
 from ee_tuning.json_file import to_json
 
 Metric = Literal["exact", "contains", "rouge-l", "choice", "perplexity"]
@@ -69,6 +70,29 @@ class Task:
             [{key: value for key, value in asdict(item).items() if key != "where"} for item in self.items],
         ]
         return hashlib.sha256(to_json(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def read_tasks(
+    paths: Sequence[Path], metrics: tuple[Metric, ...], *, limit: int | None = None, taken: Sequence[str] = ()
+) -> list[Task]:
+    """Reads the tasks, with one metric for all of them or one for each. `taken` are names of other tasks.
+
+    Raises InputError where one can not be used, has another one's name, or a metric's package is missing.
+    """
+    if len(metrics) not in (1, len(paths)):
+        raise InputError(
+            f"--metric must be given once for all tasks, or as often as --task ({len(paths)}), got {len(metrics) or 'none'}; "
+            f"they are {', '.join(METRICS)}"
+        )
+    each = metrics if len(metrics) == len(paths) else metrics * len(paths)
+    tasks = [read_task(path, metric, limit=limit) for path, metric in zip(paths, each, strict=True)]
+    names = [*taken, *(task.name for task in tasks)]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"tasks must have different names, got {double} twice; rename a file")
+    for task in tasks:
+        if task.text_metric is not None:
+            score_of(task.text_metric)
+    return tasks
 
 
 def read_task(path: Path, metric: Metric, *, limit: int | None = None, name: str | None = None) -> Task:

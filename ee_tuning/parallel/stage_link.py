@@ -36,14 +36,12 @@ class StageLink:
         # As many steps are in flight as there are stages, and each may wait as long again behind older ones.
         self._decisions = PendingSends(topology, max(max_in_flight, 2 * topology.pp))
 
-    @part("waiting")
     def send(self, hidden: Tensor) -> None:  # [t, h]
         """Sends hidden states to the next stage. The caller may read them afterwards but must not write to them."""
-        began = time.perf_counter()
         hidden, peer = hidden.contiguous(), self._topology.pp_ranks[self._topology.stage + 1]
         taken = f"stage {self._topology.stage + 1} (rank {peer}) to take hidden states"
-        self._hidden.add([hidden], [isend(hidden, peer, self._topology.pp_group)], taken)
-        self.seconds_waited += time.perf_counter() - began
+        work = isend(hidden, peer, self._topology.pp_group)
+        self.seconds_waited += self._hidden.add([hidden], [work], taken)
 
     @part("waiting")
     def receive(self, num_tokens: int, width: int, dtype: torch.dtype) -> Tensor:  # [t, h]
@@ -75,11 +73,11 @@ class StageLink:
         """The sending half of `broadcast`. Only the first rank of `stage` sends; elsewhere this does nothing."""
         if self._topology.num_in_replica == 1 or not self.is_source(stage):
             return
-        began, group = time.perf_counter(), self._topology.replica_control
+        group = self._topology.replica_control
         others = [rank for rank in dist.get_process_group_ranks(group) if rank != self._topology.rank]
         works = [dist.isend(decided, rank, group=group, tag=tag) for rank in others]
-        self._decisions.add([decided], works, f"other ranks to take the decision of stage {stage}")
-        self.seconds_waited += time.perf_counter() - began
+        taken = f"other ranks to take the decision of stage {stage}"
+        self.seconds_waited += self._decisions.add([decided], works, taken)
 
     def recv_decision(self, decided: Tensor, stage: int, tag: int = 0) -> None:
         """The receiving half of `broadcast`. Does nothing on the first rank of `stage`.
@@ -100,5 +98,4 @@ class StageLink:
 
     def finish(self) -> None:
         """Waits until all messages have been received."""
-        self._hidden.wait()
-        self._decisions.wait()
+        self.seconds_waited += self._hidden.wait() + self._decisions.wait()

@@ -135,12 +135,12 @@ class BackboneOptimizer:
             assert self._adam is not None
             master, part = self._masters[name], self._own_rows(each.parameter)
             moments = self._adam.state[master]
-            stage = 0 if each.copies is None else each.copies.index
+            copy = 0 if each.copies is None else each.copies.index
             yield TrainedRows(
                 plan=each.plan(topology.tp_rank),
                 first_row=part.start,
                 tensors={"master": master, "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]},
-                replica=stage * topology.tp + (topology.tp_rank if each.is_replicated else 0),
+                replica=copy * topology.tp + (topology.tp_rank if each.is_replicated else 0),
             )
 
     def watch_gradients(self, seen: Callable[[Tensor], None]) -> None:

@@ -161,15 +161,12 @@ def _trained(
             cuts_sequence=plan.cuts_sequence,
         )
         add_lora(layers, lora, config, topology)
-    own, trained = dict(model.backbone.named_parameters()), {}
-    shards = {
-        name: partial(trained_shard, name, tuning, config, topology.tp)
-        for name in trained_parameters(tuning, config)
-        if name in own  # and not another stage's
-    }
-    holders = {name: _holders(name, model) for name in trained_parameters(tuning, config)}
-    copies = find_stage_copies(holders, topology, minutes=timeout_minutes)
-    for name, shard in shards.items():
+    names, own, trained = trained_parameters(tuning, config), dict(model.backbone.named_parameters()), {}
+    copies = find_stage_copies({name: _holders(name, model) for name in names}, topology, minutes=timeout_minutes)
+    for name in names:
+        if name not in own:  # it belongs to another stage
+            continue
+        shard = partial(trained_shard, name, tuning, config, topology.tp)
         is_replicated = shard(0) == shard(topology.tp - 1)
         is_partial = has_partial_gradient(name, is_replicated=is_replicated, cuts_sequence=plan.cuts_sequence)
         trained[name] = TrainedParameter(own[name], shard, is_replicated, is_partial, copies.get(name))
@@ -179,9 +176,6 @@ def _trained(
 def _holders(name: str, model: EarlyExitModel) -> tuple[int, ...]:
     """Returns the stages that hold a copy of a trained parameter, where they may be several."""
     ends = model.plan.final_head_stages
-    if name.startswith("decoder.final_layernorm."):
-        return ends
-    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        is_one = model.config.ties_embeddings
-        return tuple(sorted({0, *ends})) if is_one else ends if name == "output_layer.weight" else (0,)
-    return ()
+    if model.config.ties_embeddings and name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        return tuple(sorted({0, *ends}))
+    return ends if name == "output_layer.weight" or name.startswith("decoder.final_layernorm.") else ()

@@ -15,6 +15,7 @@ from refusals import refusal
 
 from ee_tuning import cli
 from ee_tuning.checkpoint.formats import read_shape
+from ee_tuning.comparison import texts
 from ee_tuning.comparison.command import compare
 from ee_tuning.comparison.entries import entries_of
 from ee_tuning.comparison.job import CompareOptions, Comparison, as_compared, depths_of
@@ -197,7 +198,7 @@ def test_the_page_has_every_row(finished: tuple[Path, list[str], int]):
         (["--trainable", "ears"], "tuning.trainable must be heads, lora"),
         (["--metric", "exact"], "--metric is of --task"),
         (["--task", "text.txt"], "--metric must be given once"),
-        (["--data", "photo"], "photo must be a text in UTF-8"),
+        (["--data", "photo"], "photo must be UTF-8 text"),
         (["--data", "nothing"], "nothing does not exist"),
         (["--output", "other"], "--output must be a new folder or that of a comparison, and other holds thesis.tex"),
         (["--output", "model/o"], "--output must lie apart from"),
@@ -278,3 +279,11 @@ def test_depths_are_shares_or_layers(shared: Path, tmp_path: Path):
     assert depths_of(layers, options(tmp_path, depths=()), 8) == (6, 3)
     assert depths_of(job(shared), options(tmp_path, depths=()), 12) == (9, 6)
     assert depths_of(job(shared), options(tmp_path, depths=(0.9, 0.5)), 30) == (27, 15)
+
+
+def test_a_lone_text_is_cut_into_documents_and_nothing_else(tmp_path: Path):
+    """A byte order mark as the first character that a model learns; lines lost between two documents."""
+    path, content = tmp_path / "book.txt", "".join(f"line {number}\n" for number in range(2000))
+    path.write_text(content, encoding="utf-8-sig")
+    documents = list(texts._pieces(path))
+    assert "".join(documents).rstrip("\n") == content.rstrip("\n") and len(documents) >= 32

@@ -26,7 +26,7 @@ def step(folder: Path, name: str, ran: list[str], makes: bool = True) -> Step:
         if makes:
             (folder / name).touch()
 
-    return Step(name, 1, folder / name, run)
+    return Step(name, folder / name, run, minutes=1)
 
 
 def test_a_step_is_taken_once(tmp_path: Path):
