@@ -52,7 +52,7 @@ setup(
         "dev": [
             "pytest",
             "pytest-timeout",
-            "pytest-xdist",
+            "pytest-xdist>=3.8",
             "ruff==0.17.6",
             "mypy",
             "types-PyYAML",

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,9 +53,10 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Co
     """
     folder = tmp_path_factory.mktemp("cache")
     if cache := getattr(pytestconfig, "cache", None):
-        kernels = cache.mkdir("kernels")
-        kernels.chmod(0o700)
-        (folder / "kernels").symlink_to(kernels)
+        with suppress(OSError):  # a checkout that may not be written: they are compiled for this session
+            kernels = cache.mkdir("kernels")
+            kernels.chmod(0o700)
+            (folder / "kernels").symlink_to(kernels)
     os.environ["EE_TUNING_CACHE"] = str(folder)
 
 

@@ -188,7 +188,7 @@ COMMANDS = (
 
 Every step is a command that is printed and could be typed: convert, tune, prune, export, evaluate. A finished step is not repeated, and
 the same command goes on. All rows have the same held-out text and settings; speeds are ratios to the whole model in the same run.
-The exit code is 1 where a way failed: its row says why, and the others are measured.""",
+The exit code is 1 where a way failed: its reason stands beneath the table, and the others are measured.""",
         add_arguments=_add_compare,
         run=compare,
     ),

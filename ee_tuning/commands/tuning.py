@@ -246,7 +246,7 @@ A blend of both corpora is --data 0.3 corpora/mine 0.7 corpora/chats.""",
   ee-tuning tune job.yaml --dry-run --world-size 128
 
 Without --exits, it first converts by --exit-layers, --architecture, --init and --exit-output.
-The tuned artifact is OUTPUT/exit_heads. With --trainable lora, mlp, last:K, half or backbone the model is trained, too: see OUTPUT/adapter.
+The tuned artifact is OUTPUT/exit_heads. With --trainable lora, mlp, last:K, half, backbone or all the model is trained, too: see OUTPUT/adapter.
 The same command continues a run that was stopped or killed, at any layout.""",
         add_arguments=_add_tune,
         run=tune,

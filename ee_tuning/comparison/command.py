@@ -1,7 +1,7 @@
 """`ee-tuning compare`: makes a model faster in several ways, each with the same tokens, and measures them all alike.
 
 Every step is a command that a user could type, runs once, and leaves its result in a folder of its own: the same
-command goes on after a kill. A way that fails is a row that says why, and the others go on.
+command goes on after a kill. A way that fails is left out of the table, with its reason beneath it; the others go on.
 """
 
 import dataclasses

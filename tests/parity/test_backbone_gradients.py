@@ -115,6 +115,7 @@ def test_gradients_equal_autograd_through_transformers(
     assert found and all(".experts." in name for name in never)  # that no token chose
     reference_loss(reference, tmp_path / "exits").backward()
     packed = {name: each.grad for name, each in reference.named_parameters() if each.grad is not None}
+    assert not any(expert_gradient(name, packed).any() for name in never)
     for name, gradient in found.items():
         wanted = expert_gradient(name, packed)
         limit = 1e-5 * wanted.abs().max().item()

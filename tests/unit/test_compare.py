@@ -25,7 +25,7 @@ from ee_tuning.comparison.ways import WAYS, all_steps
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 
-SOME = ("exits", "pruned", "healed-kl")
+SOME = ("exits", "pruned", "healed-kl", "sorted")
 TEXT = "".join(f"def f{n}(x):\n    return [x + {n} for x in range({n % 7})] or leave(early={n})\n" for n in range(400))
 TINY = {"num_hidden_layers": 4, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
 
@@ -100,6 +100,7 @@ def test_all_ways_are_measured_alike(finished: tuple[Path, list[str], int]):
         "fitted", "exits", "exits-evaluate",
         "pruned-2", "pruned-2-evaluate",
         "healed-kl-2", "healed-kl-2-merge", "healed-kl-2-evaluate",
+        "sorted", "sorted-evaluate",
     ]  # fmt: skip
     found = rows(folder)
     assert [(row["way"], row["name"]) for row in found] == [
@@ -109,19 +110,29 @@ def test_all_ways_are_measured_alike(finished: tuple[Path, list[str], int]):
         ("exits", "speculative"),
         ("pruned", "2 layers"),
         ("healed-kl", "2 layers"),
+        ("sorted", "4 layers"),
+        ("sorted", "exit 2"),
+        ("sorted", "threshold 0.1"),
+        ("sorted", "speculative"),
     ]
     assert {row["tuning_tokens"] for row in found} == {0, 2 * 128}
-    whole, *_, pruned, healed = found
+    whole, exit, *_ = found
+    pruned, healed, trained = (
+        next(row for row in found if row["way"] == way) for way in ("pruned", "healed-kl", "sorted")
+    )
     assert whole["speedup"]["value"] == 1 and pruned["loss"] != healed["loss"]
-    assert pruned["disk_bytes"] < whole["disk_bytes"] < found[1]["disk_bytes"]
-    assert pruned["memory_bytes"] < whole["memory_bytes"] < found[1]["memory_bytes"]
+    assert pruned["disk_bytes"] < whole["disk_bytes"] < exit["disk_bytes"]
+    assert pruned["memory_bytes"] < whole["memory_bytes"] < exit["memory_bytes"]
+    assert (
+        trained["loss"] != whole["loss"] and trained["disk_bytes"] > whole["disk_bytes"]
+    )  # what was trained lies beside
     settings = [
         json.loads((folder / "evaluations" / name / "evaluation.json").read_text())["settings"]
-        for name in ("exits", "pruned-2", "healed-kl-2")
+        for name in ("exits", "pruned-2", "healed-kl-2", "sorted")
     ]
     for task in (LOSS_TASK, SPEED_TASK):
         assert len({each[f"task {task}"] for each in settings}) == 1
-    assert settings[1]["--against"] == settings[0]["model"]
+    assert settings[1]["--against"] == settings[3]["--against"] == settings[0]["model"]
 
 
 @pytest.mark.slow

@@ -6,9 +6,11 @@ from random_models import random_llama
 
 from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.config import GenerationSection
+from ee_tuning.engine.engine import Engine, TokenStep
 from ee_tuning.errors import InputError
 from ee_tuning.generation import depth_budget
 from ee_tuning.generation.depth_budget import DepthTimes, measure_depths, with_exit_within_budget
+from ee_tuning.sampling.policy import FULL
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,20 @@ def test_a_budget_that_can_not_be_is_refused(
 
 
 def test_every_depth_is_timed(loaded: LoadedModel) -> None:
-    """An exit at the end of the model, which saves nothing, or a time of the prompt and not of the tokens after it."""
+    """An exit at the end of the model, which saves nothing."""
     times = measure_depths(loaded.model, loaded.stages)
     assert list(times.exits) == [2, 4] and times.exits[2] > 0 and 0 < times.full < 10
+
+
+def test_tokens_after_the_prompt_are_timed_alone(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt's time in each token's, which makes all exits look alike. Time is counted in steps here."""
+    steps, step = list[int](), Engine.step
+
+    def counted(engine: Engine) -> list[TokenStep]:
+        steps.append(1)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    monkeypatch.setattr(depth_budget.time, "perf_counter", lambda: float(len(steps)))
+    engine = Engine(loaded.model, loaded.stages, num_slots=1, max_length=41, reuses_prefixes=False)
+    assert depth_budget._seconds_per_token(engine, FULL, 41) == 1.0

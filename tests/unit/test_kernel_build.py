@@ -141,7 +141,7 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("number", ["float", "double"])
+@pytest.mark.parametrize("number", ["float", "double", "BFloat16"])
 def test_the_packages_own_sources_compile(monkeypatch: pytest.MonkeyPatch, number: build.Number) -> None:
     """An error in them, of which a line in the log tells: every other test then takes torch's operators."""
     monkeypatch.undo()

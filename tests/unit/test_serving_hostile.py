@@ -162,11 +162,13 @@ def test_connections_that_say_nothing_or_half_hold_no_one_up(server):
             connection.sendall(post(completion(n=2)))
             connection.shutdown(socket.SHUT_WR)  # what has to be taken for a client that left
             held.enter_context(connection)
-    until = time.monotonic() + 20
-    while (status := talk(server, post(completion(max_tokens=1))).split()[1]) == b"429" and time.monotonic() < until:
-        time.sleep(0.05)  # the half-closed ones may be in the queue still
-    assert status == b"200"
-    wait_until_idle(server)
+        until = time.monotonic() + 20
+        while (
+            status := talk(server, post(completion(max_tokens=1))).split()[1]
+        ) == b"429" and time.monotonic() < until:
+            time.sleep(0.05)  # the half-closed ones may be in the queue still
+        assert status == b"200"
+        wait_until_idle(server)
 
 
 def test_a_flood_of_headers_is_refused(server):
