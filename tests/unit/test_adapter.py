@@ -20,6 +20,8 @@ from ee_tuning.export.export_draft import export_draft
 from ee_tuning.export.export_huggingface import export_huggingface
 from ee_tuning.parallel.topology import init_parallel
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -25,6 +25,8 @@ from ee_tuning.comparison.ways import WAYS, all_steps
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 SOME = ("exits", "pruned", "healed-kl", "sorted")
 TEXT = "".join(f"def f{n}(x):\n    return [x + {n} for x in range({n % 7})] or leave(early={n})\n" for n in range(400))
 TINY = {"num_hidden_layers": 4, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
@@ -89,7 +91,6 @@ def rows(folder: Path) -> list[dict]:
     return json.loads((folder / "compare.json").read_text())["rows"]
 
 
-@pytest.mark.slow
 def test_all_ways_are_measured_alike(finished: tuple[Path, list[str], int]):
     """Ways on other texts or other numbers of tokens, a shared step done twice, ratios to another model than the
     whole one.
@@ -135,7 +136,6 @@ def test_all_ways_are_measured_alike(finished: tuple[Path, list[str], int]):
     assert settings[1]["--against"] == settings[3]["--against"] == settings[0]["model"]
 
 
-@pytest.mark.slow
 def test_a_second_run_does_nothing_twice(shared: Path, finished: tuple[Path, list[str], int], tmp_path: Path):
     """Hours of tuning done again after a kill in the last step."""
     folder = tmp_path / "again"
@@ -148,7 +148,6 @@ def test_a_second_run_does_nothing_twice(shared: Path, finished: tuple[Path, lis
     assert [row["loss"] for row in rows(folder)] == [row["loss"] for row in before]
 
 
-@pytest.mark.slow
 def test_a_way_that_fails_is_a_row(
     shared: Path, finished: tuple[Path, list[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -182,7 +181,6 @@ class _Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.mark.slow
 def test_the_page_has_every_row(finished: tuple[Path, list[str], int]):
     """A page that a browser repairs, or a way that is missing from it."""
     page = _Page()

@@ -24,6 +24,8 @@ from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
 from ee_tuning.storage.manifest import write_manifest
 
+pytestmark = pytest.mark.slow
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BALLAST = (
     "pytorch_model.bin",

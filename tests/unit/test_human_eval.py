@@ -22,6 +22,8 @@ from ee_tuning.public_benchmarks.human_eval import (
     read_problems,
 )
 
+pytestmark = pytest.mark.slow
+
 ADD = {
     "task_id": "ours/add",
     "prompt": "def add(a, b):\n",

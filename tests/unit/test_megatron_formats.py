@@ -31,6 +31,8 @@ from ee_tuning.storage import distcp_writer
 from ee_tuning.storage.mapped_file import map_file
 from ee_tuning.storage.torch_file import Archive
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,6 +15,8 @@ from ee_tuning.model_config.config import model_config_from_hf
 from ee_tuning.parallel.topology import destroy_parallel
 from ee_tuning.planning.dry_run import profile_ranks
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {
     "model_type": "llama",
     "hidden_size": 256,

@@ -26,6 +26,8 @@ from ee_tuning.generation.completion import StreamedToken
 from ee_tuning.generation.prompts import read_prompts
 from ee_tuning.parallel.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 MODEL = CHECKOUT / "examples" / "tiny-python-llama"
 
 

@@ -16,6 +16,8 @@ from ee_tuning.model.quantized_linear import QuantizedLinear, quantized_weights
 from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 from ee_tuning.planning.dry_run import profile_ranks
 
+pytestmark = pytest.mark.slow
+
 FORMATS = ("int8", "nf4")
 NF4_GAP = 1 - 0.6961928
 """Between the two neighbours among NF4's sixteen values that are farthest apart (-1 and the next; QLoRA, appendix E).

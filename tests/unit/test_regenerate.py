@@ -21,6 +21,8 @@ from ee_tuning.generation import delivery
 from ee_tuning.generation.llm import Job
 from ee_tuning.generation.regenerate import Wish, regenerate
 
+pytestmark = pytest.mark.slow
+
 MODEL = CHECKOUT / "examples" / "tiny-python-llama"
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"

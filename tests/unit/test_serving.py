@@ -18,6 +18,8 @@ from ee_tuning.generation.completion import Completion
 from ee_tuning.sampling.exit_fusion import ExitFusion
 
 pytest.importorskip("fastapi", reason="pip install 'ee_tuning[serve]'")
+
+pytestmark = pytest.mark.slow
 openai = pytest.importorskip("openai")
 
 

@@ -14,6 +14,8 @@ from ee_tuning.openai_protocol.text_offsets import TextOffsets
 from ee_tuning.sampling.policy import FULL, Policy
 
 pytest.importorskip("fastapi", reason="pip install 'ee_tuning[serve]'")
+
+pytestmark = pytest.mark.slow
 openai = pytest.importorskip("openai")
 
 PROMPTS = ("def main(argv):", "class A", "x = é + 1  # sum", "\n")

@@ -21,6 +21,8 @@ from ee_tuning.sampling.policy import FULL
 
 pytest.importorskip("fastapi", reason="pip install 'ee_tuning[serve]'")
 pytest.importorskip("llguidance", reason="pip install 'ee_tuning[structured]'")
+
+pytestmark = pytest.mark.slow
 openai = pytest.importorskip("openai")
 jsonschema = pytest.importorskip("jsonschema")
 
@@ -128,7 +130,6 @@ def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
     return {"type": kind}
 
 
-@pytest.mark.slow
 def test_answers_satisfy_random_schemas(client):
     """A constraint that the mask does not hold, at an exit or in a draft."""
     rng = random.Random(11)
@@ -168,7 +169,6 @@ CHOICES: dict[str, tuple[dict[str, Any], set[str], str]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CHOICES)
 def test_a_call_that_is_required_is_made(client, case, way):
@@ -238,7 +238,6 @@ def test_functions_and_their_results_are_in_the_prompt(server, client):
         assert answer.choices[0].message.tool_calls is None
 
 
-@pytest.mark.slow
 def test_an_answer_is_a_call_or_has_its_form(client):
     """A form that a call has to have, too, or an answer that is neither."""
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": FIND}}

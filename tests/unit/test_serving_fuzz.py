@@ -10,6 +10,8 @@ from serving_fuzz import fuzz
 pytest.importorskip("fastapi", reason="pip install 'ee_tuning[serve]'")
 pytest.importorskip("schemathesis")
 
+pytestmark = pytest.mark.slow
+
 
 def test_no_request_of_the_openapi_breaks_the_server(tmp_path: Path) -> None:
     """An answer with status 5xx, a status or a type that the OpenAPI does not know, an error of another form."""

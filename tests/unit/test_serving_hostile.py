@@ -19,6 +19,8 @@ from ee_tuning.serving.settings import ServeSettings, read_api_keys
 
 pytest.importorskip("fastapi", reason="pip install 'ee_tuning[serve]'")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:

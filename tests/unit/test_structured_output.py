@@ -30,6 +30,8 @@ from ee_tuning.sampling.grammar import Grammars
 from ee_tuning.sampling.policy import FULL
 from ee_tuning.sampling.structured_output import StructuredOutput, structured_output_of
 
+pytestmark = pytest.mark.slow
+
 WAYS: dict[str, dict[str, Any]] = {
     "full": {"policy": "full"},
     "threshold": {"policy": "threshold", "threshold": [0.05]},
@@ -132,7 +134,6 @@ def test_a_form_ends_its_answer(llm):
             assert len(made.text) == (0 if "stop" in changes else sum(token != END for token in made.token_ids))
 
 
-@pytest.mark.slow
 def test_drafts_are_kept_where_the_form_allows_them(llm):
     """Drafts that are looked for outside of the form, so that none is right; a state that a rejected draft spoils."""
     form = {"json": SCHEMA}
@@ -160,7 +161,6 @@ def test_answers_are_the_same_after_a_preemption(llm):
         assert any(answer.statistics.num_read_again for answer in short)
 
 
-@pytest.mark.slow
 def test_an_exit_is_not_asked_where_it_can_say_nothing_of_the_form(tmp_path):
     """A shortlist without the digits that have to come: a token that leaves there is no digit, or any one."""
     letters = small_letters(tmp_path)
@@ -365,7 +365,6 @@ def test_repeated_text_is_drafted_within_the_form(llm):
         assert made.token_ids == full.token_ids
 
 
-@pytest.mark.slow
 def test_a_drafting_head_is_checked_within_the_form(tmp_path):
     """Drafts of a head that knows no form, which spoil the state or are checked for nothing."""
     model, _ = write_model(tmp_path)

@@ -15,6 +15,8 @@ from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.flags import FLAGS
 from ee_tuning.storage.manifest import write_manifest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
