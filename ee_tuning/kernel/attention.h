@@ -68,11 +68,11 @@ template <class T> class RowAttention {
             totals[q] = exponentials(own, visible);
             for (int64_t i = visible; i < end; ++i) own[i] = 0;
         }
-        for (int64_t q = 0; q < num_queries; q += TOKENS) switch (num_queries - q) {
+        for (int64_t q = 0; q < num_queries; q += 4) switch (num_queries - q) {
             case 1: mix<1>(a, row, group, q, out); break;
             case 2: mix<2>(a, row, group, q, out); break;
             case 3: mix<3>(a, row, group, q, out); break;
-            default: mix<TOKENS>(a, row, group, q, out);
+            default: mix<4>(a, row, group, q, out);
         }
     }
 

@@ -14,14 +14,18 @@
 
 #include "numbers.h"
 
-#if defined(__AVX__) && !defined(__AVX512F__)
-constexpr int BLOCK = 2;  // it has half as many registers
+// Rows of a matrix that are read together, and the most tokens that read them so: their sums stay in registers.
+#if defined(__AVX512F__)
+constexpr int BLOCK = 4, TOKENS = 6;
+#elif defined(__AVX__)
+constexpr int BLOCK = 2, TOKENS = 4;
 #else
-constexpr int BLOCK = 4;
+constexpr int BLOCK = 4, TOKENS = 4;
 #endif
-constexpr int TOKENS = 4;  // that read a block of rows together
 
 enum Activation { SILU, GELU, GELU_TANH, RELU };
+
+template <int K> using Tokens = std::integral_constant<int, K>;
 
 template <class T, int... I> inline Vector<T> neighbours_summed(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
@@ -48,19 +52,19 @@ template <class T, int N> inline Vector<T> sums(Vector<T> (&v)[N]) {
     return v[0];
 }
 
-// Products of R rows of a matrix with K tokens: take(row, token, product). The first of several calls for a block fetches the next block.
-// X is what tokens are kept in, T what the matrix is.
+// Products of R rows of a matrix with K tokens: take(row, token, product). Meanwhile the rows that are read next are fetched, from `next` on,
+// `step` of their numbers for each vector that is read. X is what tokens are kept in, T what the matrix is.
 template <class T, int R, int K, class X, class Take>
-inline void block_product(const X *x, int64_t x_stride, const T *w, int64_t w_stride, int64_t size, bool is_first, Take take) {
+inline void block_product(const X *x, int64_t x_stride, const T *w, int64_t w_stride, int64_t size, const T *next, int64_t step, Take take) {
     constexpr int SUMMED = R < LANES<T> ? R : LANES<T>;
     Vector<T> acc[K][R] = {};
     int64_t i = 0;
-    for (; i + LANES<T> <= size; i += LANES<T>) {
+    for (; i + LANES<T> <= size; i += LANES<T>, next += step) {
         Vector<T> weights[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             weights[r] = load(w + r * w_stride + i);
-            if (is_first) __builtin_prefetch(w + (R + r) * w_stride + i);
+            __builtin_prefetch(next + r * w_stride);
         }
 #pragma GCC unroll 8
         for (int k = 0; k < K; ++k) {
@@ -81,16 +85,24 @@ inline void block_product(const X *x, int64_t x_stride, const T *w, int64_t w_st
         }
 }
 
+// The same for any number of tokens, in groups of about the same size, each of which fetches its share of the next rows.
 template <class T, int R, class X, class Take>
 inline void rows_product(const X *x, int64_t num_tokens, int64_t x_stride, const T *w, int64_t w_stride, int64_t size, Take take) {
-    for (int64_t k = 0; k < num_tokens; k += TOKENS) {
-        const auto shifted = [&](int r, int token, Real<T> product) { take(r, k + token, product); };
-        const X *from = x + k * x_stride;
-        switch (num_tokens - k) {
-            case 1: block_product<T, R, 1>(from, x_stride, w, w_stride, size, k == 0, shifted); break;
-            case 2: block_product<T, R, 2>(from, x_stride, w, w_stride, size, k == 0, shifted); break;
-            case 3: block_product<T, R, 3>(from, x_stride, w, w_stride, size, k == 0, shifted); break;
-            default: block_product<T, R, TOKENS>(from, x_stride, w, w_stride, size, k == 0, shifted);
+    const int64_t groups = (num_tokens + TOKENS - 1) / TOKENS;
+    for (int64_t group = 0, first = 0, end; group < groups; ++group, first = end) {
+        end = num_tokens * (group + 1) / groups;
+        const auto shifted = [&](int r, int token, Real<T> product) { take(r, first + token, product); };
+        const auto go = [&](auto K) {
+            block_product<T, R, K>(x + first * x_stride, x_stride, w, w_stride, size, w + R * w_stride + size * group / groups,
+                                   LANES<T> / groups, shifted);
+        };
+        switch (end - first) {
+            case 1: go(Tokens<1>{}); break;
+            case 2: go(Tokens<2>{}); break;
+            case 3: go(Tokens<3>{}); break;
+            case 4: go(Tokens<4>{}); break;
+            case 5: go(Tokens<std::min(5, TOKENS)>{}); break;
+            default: go(Tokens<TOKENS>{});
         }
     }
 }
@@ -201,7 +213,7 @@ template <class T> T exponentials(T *scores, int64_t size) {
 
 template <class T> Real<T> mean_square(const T *x, int64_t size) {
     Real<T> sum = 0;
-    block_product<T, 1, 1>(x, 0, x, 0, size, false, [&](int, int, Real<T> p) { sum = p; });
+    block_product<T, 1, 1>(x, 0, x, 0, size, x, 0, [&](int, int, Real<T> p) { sum = p; });
     return sum / size;
 }
 
