@@ -3,7 +3,6 @@ text.
 """
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -141,8 +140,7 @@ def _plain_experts(config: ModelConfig) -> dict[str, str]:
 
 
 def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("exported_modeling_early_exit", path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # Python's import would leave a __pycache__ in the folder, which is checked and must hold what its manifest lists.
+    module = ModuleType("exported_modeling_early_exit")
+    exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
     return module

@@ -385,8 +385,9 @@ def test_an_export_is_replaced_only_on_demand(llama, tmp_path, capsys):
 
 def test_check_compares_every_exit_and_finds_a_difference(tmp_path, capsys, monkeypatch):
     """A check that can not fail; one that is content with the final head; one that wants as many processes as the
-    job.
+    job; one that leaves a file of its own, so that the folder can not be replaced any more.
     """
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     exits = write_exits(SHIPPED, tmp_path / "exits", exit_layers=[3, 9], init="copy")
     words = [
         "--model",
@@ -416,7 +417,7 @@ def test_check_compares_every_exit_and_finds_a_difference(tmp_path, capsys, monk
         export_huggingface.MODELLING.read_text().replace("x = seen.residual + self", "x = seen.hidden + self")
     )
     monkeypatch.setattr(export_huggingface, "MODELLING", wrong)
-    export(*words, "--overwrite", code=1)
+    export(*words, "--overwrite", code=1)  # refused if the first check had left anything
     lines = capsys.readouterr().out.splitlines()[1:]
     assert ["above" in line for line in lines] == [True, True, False]
 
