@@ -13,6 +13,9 @@ __all__ = ["EarlyExitLLM", "SamplingParams", "__version__"]
 def __getattr__(name: str) -> Any:
     """Imports a name on first access, so that `import ee_tuning` does not import torch."""
     if name == "EarlyExitLLM":
+        from ee_tuning.openmp import shorten_spins
+
+        shorten_spins()
         from ee_tuning.generation.llm import EarlyExitLLM
 
         return EarlyExitLLM

@@ -18,6 +18,7 @@ from ee_tuning.commands import COMMANDS
 from ee_tuning.config.paths import expanded
 from ee_tuning.errors import InputError
 from ee_tuning.interrupts import interrupts_raised, were_interrupted
+from ee_tuning.openmp import shorten_spins
 from ee_tuning.parallel.launcher import RendezvousError, adopt_slurm_step, is_first
 from ee_tuning.standard_streams import output_error_text, prepare_streams, settle_output
 from ee_tuning.utf8 import typed_text, use_utf8
@@ -31,10 +32,6 @@ NO_TRITON = (
     "torch's build for CPUs does not bring it; pip install triton"
 )
 """Message for users of that build, instead of a traceback."""
-SPINS = "1000"
-"""Spins of a thread at a barrier before it sleeps, about 25 µs. OpenMP's default of 300,000 occupies a core that the
-awaited thread may need on a busy machine; below 1,000 an idle machine decodes more slowly.
-"""
 _TEXTS = ("prompt", "system")
 """Arguments that are texts for a model."""
 
@@ -115,8 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     use_utf8()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns whenever a process forks after tokenizing
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read once, when torch loads its OpenMP
+    shorten_spins()
     prepare_streams()
     adopt_slurm_step()
     had_world = _world_size() > 0

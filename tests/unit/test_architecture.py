@@ -20,6 +20,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "json_file",
         "line_file",
         "notices",
+        "openmp",
         "questions",
         "standard_streams",
         "text_table",
