@@ -281,16 +281,13 @@ def _write_found(found: EELLMExits, output: Path, topology: Topology, *, overwri
 
 def _check(config: Config, model: ModelConfig, reader: BackboneSource) -> None:
     if _wants_found(reader, config):
-        if config.exits.init == "fitted":
-            raise InputError(
-                "exits.init = fitted is for new exits, and the checkpoint's own are asked for; give --exit-layers, or leave "
-                "--init out"
-            )
-        if config.exits.output_vocab:
-            raise InputError(
-                f"exits.output_vocab = {config.exits.output_vocab} is for new exits, and the checkpoint's own are asked for; "
-                "give --exit-layers, or leave --output-vocab out"
-            )
+        for key in ("architecture", "aux_layers", "adapter_rank", "init", "output", "output_vocab"):
+            if (asked := getattr(config.exits, key)) != getattr(ExitsSection(), key):
+                value = ",".join(asked) if key == "architecture" else asked
+                raise InputError(
+                    f"exits.{key} = {value} is for new exits, and the checkpoint's own are asked for; give --exit-layers, or "
+                    f"leave exits.{key} out"
+                )
         EELLMExits(reader, model, "")
         return
     if config.exits.output == "shared":

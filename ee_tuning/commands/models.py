@@ -4,14 +4,17 @@ import argparse
 from pathlib import Path
 
 from ee_tuning.commands.command import Command, add_job, job_of
-from ee_tuning.config import load_config
+from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
+
+_OF_TEXTS = ("data.paths", "data.chat_template", "tuning.fit_tokens", "tuning.seq_length", "tuning.micro_batch_size")
+"""Keys of convert's flags that concern the texts of new exits."""
 
 
 def convert(args: argparse.Namespace) -> None:
     """Writes an exit-heads artifact for a backbone."""
     config = job_of(args)
-    _check_convert(args)
+    _check_convert(args, config)
     if args.eagle3 is not None:
         from ee_tuning.export.import_eagle3 import import_eagle3
 
@@ -31,8 +34,8 @@ def convert(args: argparse.Namespace) -> None:
     convert(with_exit_layers(config), args.output, overwrite=args.overwrite)
 
 
-def _check_convert(args: argparse.Namespace) -> None:
-    """Raises InputError where flags of new heads meet a head that exists, --eagle3's or --widen's."""
+def _check_convert(args: argparse.Namespace, config: Config) -> None:
+    """Raises InputError where flags of new heads meet a head that exists (--eagle3, --widen), or other new heads."""
     made = [
         key
         for key in sorted(args.overrides)
@@ -47,6 +50,8 @@ def _check_convert(args: argparse.Namespace) -> None:
             "--token-ids goes with --widen FOLDER, whose list they join; give it, or leave --token-ids out"
         )
     if args.widen is None:
+        if args.eagle3 is None:
+            _check_new(args, config)
         return
     if of_new := [key for key in made if key.startswith("exits.") and key != "exits.output_vocab"]:
         raise InputError(
@@ -56,6 +61,19 @@ def _check_convert(args: argparse.Namespace) -> None:
         raise InputError(
             f"--token-ids names the tokens that join a list, and {', '.join(made)} chooses them by texts; leave one of "
             "them out"
+        )
+
+
+def _check_new(args: argparse.Namespace, config: Config) -> None:
+    """Raises InputError where a flag is for other new heads than those asked for."""
+    from ee_tuning.artifact.begun_exits import check_new_exits
+
+    check_new_exits(config.exits, args.overrides)
+    unread = [key for key in sorted(args.overrides) if key in _OF_TEXTS]
+    if unread and config.exits.init != "fitted" and not config.exits.output_vocab:
+        raise InputError(
+            f"{unread[0]} is for exits that are made from texts, and copied or random ones need none; give --init fitted "
+            "or --output-vocab N, or leave it out"
         )
 
 

@@ -32,9 +32,16 @@ _FIGURES = {
 """Figure of a GPU -> name of its flag."""
 
 
+def _job_of(args: argparse.Namespace) -> Config:
+    """Loads the job of `tune` or `plan`, whose exits are an artifact or new ones."""
+    from ee_tuning.artifact.begun_exits import with_begun_exits
+
+    return with_begun_exits(job_of(args), args.overrides)
+
+
 def tune(args: argparse.Namespace) -> int:
     """Tunes exits into a run folder."""
-    config = job_of(args)
+    config = _job_of(args)
     if args.dry_run:
         from ee_tuning.planning.dry_run import dry_run
 
@@ -72,7 +79,7 @@ def _add_preprocess(parser: argparse.ArgumentParser) -> None:
 
 def plan(args: argparse.Namespace) -> int:
     """Plans a job on a cluster. Returns 1 where it does not fit."""
-    config = job_of(args)
+    config = _job_of(args)
     _warn_unused(args, config)
     if args.cluster is not None:
         return _plan_layouts(args, config)

@@ -51,10 +51,11 @@ def check_resumable(config: Config, folder: Path) -> None:
 
 
 def _fixed_values(config: Config) -> dict[str, Any]:
+    """Keys of new exits do not count where the exits are an artifact."""
     return {
         f"{section}.{key}": value
         for section, values in vars(config).items()
         if section not in _FREE_SECTIONS
         for key, value in vars(values).items()
-        if f"{section}.{key}" not in _FREE
+        if f"{section}.{key}" not in _FREE and (section != "exits" or key == "path" or values.path is None)
     }
