@@ -39,7 +39,7 @@ class GenerationSection:
     budget: float | None = None
     """Instead of exit_layer: a share of the time per token at full depth, such as 0.5. The policy is then `fixed`, at
     the deepest exit that takes at most this, measured when the model is loaded. An interrupted output goes on with the
-    exit that was printed: policy fixed, and exit_layer.
+    exit that it began with.
     """
     prompt_lookup: bool = True
     """Whether the policy `speculative` also drafts what followed the newest tokens earlier in the text, where it

@@ -15,7 +15,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.llm import EarlyExitLLM, Job
 from ee_tuning.generation.many import deliver
-from ee_tuning.generation.output_file import check_output, owned_output
+from ee_tuning.generation.output_file import budget_exit_in, check_output, owned_output
 from ee_tuning.generation.prompts import Line, read_prompts, requests_of
 from ee_tuning.generation.replicas import over_replicas
 from ee_tuning.notices import say
@@ -81,7 +81,10 @@ def _generate(
 ) -> int:
     # All ranks share one standard input, and a pipe of prompts can be read only once, so rank 0 reads them.
     prompts, lines = on_first_rank(topology, lambda: _read(prompts, prompts_file))
-    llm = EarlyExitLLM.from_config(config, topology)
+    budget, chosen = config.generation.budget, None
+    if output is not None and budget is not None and not overwrite:
+        chosen = on_first_rank(topology, lambda: budget_exit_in(output, budget))
+    llm = EarlyExitLLM.from_config(config, topology, chosen)
     options, requests = requests_of(llm, prompts, lines)
     num_failed = 0
     with time_report(profile, topology, {}):

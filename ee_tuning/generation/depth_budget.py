@@ -6,6 +6,7 @@ graphs and messages between stages it uses.
 
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ee_tuning.config import GenerationSection
@@ -40,29 +41,68 @@ class DepthTimes:
         if not fitting:
             least = min(self.exits, key=self.share)
             raise InputError(
-                f"no exit meets generation.budget = {budget:g}: the fastest, {least}, takes {self.share(least):.2f} of full "
+                f"no exit meets a budget of {budget:g}: the fastest, {least}, takes {self.share(least):.2f} of full "
                 f"depth's time per token; give at least that, or exits after earlier layers"
             )
         return max(fitting)
 
 
 def with_exit_within_budget(
-    model: EarlyExitModel, stages: list[tuple[int, int]], options: GenerationSection
+    model: EarlyExitModel, stages: list[tuple[int, int]], options: GenerationSection, chosen: int | None = None
 ) -> GenerationSection:
     """Returns `options` with the policy and exit that generation.budget asks for; unchanged without one. Prints the
-    choice. `stages` are those of the engine. All ranks call it.
+    choice. An exit that was `chosen` before, for an output that is to go on, is not measured anew. `stages` are those
+    of the engine. All ranks call it.
 
     Raises InputError where the other keys contradict it, or no exit meets it.
     """
     budget = options.budget
     if budget is None:
         return options
-    _check(budget, options, early_exits(model))
-    times = measure_depths(model, stages)
-    layer = times.deepest_within(budget)
-    if model.topology.is_logging_rank:
-        say(_sentence(budget, layer, times, model.config.num_layers))
+    if options.policy not in ("threshold", "fixed") or options.exit_layer is not None:
+        given = f"policy {options.policy}" if options.exit_layer is None else f"exit_layer {options.exit_layer}"
+        raise InputError(
+            f"generation.budget = {budget:g} chooses the exit of the policy fixed, got {given}; leave one of them out"
+        )
+    layer = exits_within_budgets(model, stages, (budget,), {} if chosen is None else {budget: chosen})[budget]
     return dataclasses.replace(options, policy="fixed", exit_layer=layer, budget=None)
+
+
+def exits_within_budgets(
+    model: EarlyExitModel, stages: list[tuple[int, int]], budgets: Sequence[float], chosen: Mapping[float, int]
+) -> dict[float, int]:
+    """Returns the exit of each budget, and prints it. Those that were `chosen` before are not measured again. All ranks
+    call it.
+
+    Raises InputError where a budget is out of range, or no exit meets it.
+    """
+    early, num_layers, times = early_exits(model), model.config.num_layers, None
+    found = {}
+    for budget in budgets:
+        check_budget(budget)
+        if not early:
+            raise InputError(
+                f"a budget of {budget:g} chooses among exits before the last layer, got none; give --exits FOLDER"
+            )
+        layer = chosen.get(budget)
+        if layer in early:
+            sentence = f"exit {layer} of {num_layers} layers, with which the output began; not measured again"
+        else:
+            times = times or measure_depths(model, stages)
+            layer = times.deepest_within(budget)
+            sentence = _sentence(layer, times, num_layers)
+        found[budget] = layer
+        if model.topology.is_logging_rank:
+            say(f"ee-tuning: budget {budget:g}: {sentence}")
+    return found
+
+
+def check_budget(budget: float) -> None:
+    """Raises InputError where a budget is out of range."""
+    if not 0 < budget < 1:
+        raise InputError(
+            f"a budget (--budget, generation.budget) must be above 0 and below 1, a share of full depth's time per token, got {budget:g}"
+        )
 
 
 def early_exits(model: EarlyExitModel) -> list[int]:
@@ -100,25 +140,9 @@ def _seconds_per_token(engine: Engine, policy: Policy, length: int) -> float:
     return (time.perf_counter() - began) / max(count - 1, 1)
 
 
-def _check(budget: float, options: GenerationSection, early: list[int]) -> None:
-    if not 0 < budget < 1:
-        raise InputError(
-            f"generation.budget must be above 0 and below 1, a share of full depth's time per token, got {budget:g}"
-        )
-    if options.policy not in ("threshold", "fixed") or options.exit_layer is not None:
-        given = f"policy {options.policy}" if options.exit_layer is None else f"exit_layer {options.exit_layer}"
-        raise InputError(
-            f"generation.budget = {budget:g} chooses the exit of the policy fixed, got {given}; leave one of them out"
-        )
-    if not early:
-        raise InputError(
-            f"generation.budget = {budget:g} chooses among exits before the last layer, got none; give --exits FOLDER"
-        )
-
-
-def _sentence(budget: float, layer: int, times: DepthTimes, num_layers: int) -> str:
+def _sentence(layer: int, times: DepthTimes, num_layers: int) -> str:
     line = (
-        f"ee-tuning: budget {budget:g}: exit {layer} of {num_layers} layers, {times.share(layer):.2f} of full depth's time "
+        f"exit {layer} of {num_layers} layers, {times.share(layer):.2f} of full depth's time "
         f"per token ({times.exits[layer] * 1000:.2f} of {times.full * 1000:.2f} ms)"
     )
     deeper = [each for each in times.exits if each > layer]

@@ -94,9 +94,12 @@ class EarlyExitLLM:
         return cls.from_config(load_config(None, overrides))
 
     @classmethod
-    def from_config(cls, config: Config, topology: Topology | None = None) -> "EarlyExitLLM":
+    def from_config(
+        cls, config: Config, topology: Topology | None = None, chosen_exit: int | None = None
+    ) -> "EarlyExitLLM":
         """Loads what a job's configuration names; its `generation` section becomes the default of `generate`, with the
-        exit that generation.budget chooses. Raises InputError where they do not fit, or no exit meets the budget.
+        exit that generation.budget chooses, or chose before: `chosen_exit`. Raises InputError where they do not fit, or
+        no exit meets the budget.
         """
         topology = topology or init_parallel(config.parallel)
         loaded = load_for_generation(config, topology)
@@ -106,7 +109,7 @@ class EarlyExitLLM:
             loaded.model,
             loaded.stages,
             tokenizer,
-            with_exit_within_budget(loaded.model, loaded.stages, config.generation),
+            with_exit_within_budget(loaded.model, loaded.stages, config.generation, chosen_exit),
             _stop_token_ids(folder, loaded.model.config, tokenizer),
             loaded.heads_digest,
         )

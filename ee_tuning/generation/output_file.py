@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from ee_tuning.differences import differences_text
 from ee_tuning.errors import InputError
@@ -31,6 +31,10 @@ Settings = dict[str, Any]
 Key = tuple[int, int]
 """A completion: the place of its prompt, and its number among the prompt's completions."""
 
+BUDGET = "budget"
+"""Key of a BudgetExit in records and in the journal's first line. It is no part of the job: tokens depend on the exit
+alone.
+"""
 _REMEDY = "give another --output, or --overwrite to begin anew"
 
 
@@ -97,21 +101,52 @@ def owned_output(path: Path | None, topology: Topology) -> Iterator[None]:
         yield
 
 
+class BudgetExit(NamedTuple):
+    """The exit that generation.budget chose, by measured times, which may be others in the next process."""
+
+    share: float
+    """generation.budget."""
+    exit_layer: int
+
+
+def budget_exit_in(path: Path, budget: float) -> int | None:
+    """Returns the exit that `budget` chose for the records in the journal, or else in a complete FILE, if any."""
+    if is_stream(path):
+        return None
+    there = next((each for each in (journal_of(path), path) if each.exists()), None)
+    if there is None:
+        return None
+    with _opened(there) as file:
+        kept = (_parsed(file.readline()) or {}).get(BUDGET)
+    if not isinstance(kept, dict) or kept.get("share") != budget:  # made without a budget, or with another
+        return None
+    layer = kept.get("exit_layer")
+    return layer if isinstance(layer, int) else None
+
+
 class OutputFile:
     """FILE and its journal, for one job in one process, within `owned_output`."""
 
     def __init__(
-        self, path: Path, settings: Settings, num_prompts: int | None, overwrites: bool, form: Form = GENERATED
+        self,
+        path: Path,
+        settings: Settings,
+        num_prompts: int | None,
+        overwrites: bool,
+        form: Form = GENERATED,
+        budget: BudgetExit | None = None,
     ):
         """Reads the job's earlier records. Raises InputError where they are another job's.
 
-        A complete FILE has records of `num_prompts` prompts; None where some may be left out.
+        A complete FILE has records of `num_prompts` prompts; None where some may be left out. `budget` is kept beside
+        the records: see `budget_exit_in`.
         """
         self.path, self.journal, self._form = path, journal_of(path), form
         self.is_whole = False
         """Whether FILE is complete, and this job's."""
         self.num_errors = 0
         """Number of prompts with an error in a complete FILE."""
+        self._budget = {} if budget is None else {BUDGET: budget._asdict()}
         self._settings = parse_json(to_json(settings).encode())
         self._job = hashlib.sha256(to_json(self._settings, sort_keys=True).encode()).hexdigest()[:16]
         self._file: AppendedFile | None = None
@@ -170,11 +205,11 @@ class OutputFile:
         """The journal, with its first line."""
         file = self._file = self._file or AppendedFile(self.journal)
         if not file.end:
-            file.append((to_json({"job": self._settings}, ensure_ascii=False) + "\n").encode())
+            file.append((to_json({"job": self._settings, **self._budget}, ensure_ascii=False) + "\n").encode())
         return file
 
     def _line(self, record: Record) -> bytes:
-        return (to_json(self._form.marked(record, self._job), ensure_ascii=False) + "\n").encode()
+        return (to_json(self._form.marked({**record, **self._budget}, self._job), ensure_ascii=False) + "\n").encode()
 
     def _key(self, record: Record) -> Key:
         marks = self._form.marks(record)

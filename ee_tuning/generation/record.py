@@ -23,9 +23,12 @@ RECORD_KEYS = frozenset(
         "statistics",
         "error",
         "job",
+        "budget",
     }
 )
-"""Keys of the record itself. Only records in files have `job`, a digest of the job's settings (see output_file.py)."""
+"""Keys of the record itself. Only records in files have `job`, a digest of the job's settings, and `budget`, the exit
+that it chose (see output_file.py).
+"""
 IMPOSSIBLE = -9999.0
 """Stands for a log-probability of minus infinity, which JSON can not express, as in OpenAI's API."""
 

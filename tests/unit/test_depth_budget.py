@@ -43,7 +43,7 @@ def test_the_deepest_exit_within_the_budget_is_taken_and_said(
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"budget": 0.3}, ["no exit meets generation.budget = 0.3", "2, takes 0.40"]),
+        ({"budget": 0.3}, ["no exit meets a budget of 0.3", "2, takes 0.40"]),
         ({"budget": 0.0}, ["above 0 and below 1", "got 0"]),
         ({"budget": 1.0}, ["above 0 and below 1", "got 1"]),
         ({"budget": 0.5, "policy": "speculative"}, ["policy speculative", "leave one of them out"]),

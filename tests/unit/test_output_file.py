@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from exits import write_exits
 
 from ee_tuning import cli
 from ee_tuning.config import ParallelSection
 from ee_tuning.demo.demo import CHECKOUT
 from ee_tuning.errors import InputError
-from ee_tuning.generation import delivery
+from ee_tuning.generation import delivery, depth_budget
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.delivery import InOrder
+from ee_tuning.generation.depth_budget import DepthTimes
 from ee_tuning.generation.output_file import OutputFile, check_output, owned_output
 from ee_tuning.generation.record import as_record
 from ee_tuning.json_file import to_json
@@ -226,6 +228,47 @@ def test_the_same_command_goes_on(
     assert cli.main([*command, "--temperature", "0.3"]) == 2 and "of another job" in capsys.readouterr().err
     assert cli.main([*command, "--overwrite", "--top-p", "7"]) == 2 and "top_p" in capsys.readouterr().err
     assert stopped.read_bytes() == before
+
+
+def test_a_budget_goes_on_with_the_exit_that_it_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Another exit within the budget at the second start, on a busier machine: the same command is another job then."""
+    exits = write_exits(MODEL, tmp_path / "exits", exit_layers=[3, 6], architecture="norm", init="copy")
+    times, out = [DepthTimes(1.0, {3: 0.3, 6: 0.6}), DepthTimes(1.0, {3: 0.3, 6: 0.4})], tmp_path / "out.jsonl"
+    monkeypatch.setattr(depth_budget, "measure_depths", lambda *_: times.pop(0))
+    command = [
+        *COMMAND[:3],
+        "--exits",
+        str(exits),
+        *COMMAND[5:],
+        "--prompt",
+        "def f(",
+        "--prompt",
+        "x",
+        "--output",
+        str(out),
+    ]
+    wait, kept = OutputFile.write, list[dict[str, Any]]()
+
+    def stop(file: OutputFile, record: dict[str, Any]) -> None:
+        wait(file, record)
+        kept.append(record)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFile, "write", stop)
+        assert cli.main([*command, "--budget", "0.5"]) == 130
+    assert "budget 0.5: exit 3 of 12 layers, 0.30 of full" in capsys.readouterr().err
+    assert cli.main([*command, "--budget", "0.5"]) == 0
+    assert "budget 0.5: exit 3 of 12 layers, with which the output began" in capsys.readouterr().err
+    assert [(set(each["exit_layers"]), each["budget"]) for each in lines(out)] == 2 * [
+        ({3}, {"share": 0.5, "exit_layer": 3})
+    ]
+    assert cli.main([*command, "--budget", "0.5"]) == 0 and "nothing is left to do" in capsys.readouterr().err
+    assert cli.main([*command, "--policy", "fixed", "--exit-layer", "3"]) == 0, "tokens depend on the exit alone"
+    assert len(times) == 1 and cli.main([*command, "--budget", "0.45"]) == 2 and not times
+    assert "exit 6" in (told := capsys.readouterr().err) and "of another job" in told
 
 
 def test_nothing_is_touched_where_nothing_can_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
