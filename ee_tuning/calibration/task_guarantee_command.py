@@ -10,7 +10,7 @@ from ee_tuning.calibration.calibrate import MEASURES, check_has_exits
 from ee_tuning.calibration.guarantee import Guarantee, Proof, earliest, guarantee_tree, prove, remedy_text
 from ee_tuning.calibration.guarantee_picture import PictureLabels, draw_guarantee
 from ee_tuning.calibration.task_losses import GRID, Scored, TaskScores, try_on_task
-from ee_tuning.config import Config
+from ee_tuning.config import Config, replace
 from ee_tuning.config.generation import Measure
 from ee_tuning.data.chat_template import read_chat_template
 from ee_tuning.errors import InputError
@@ -39,7 +39,7 @@ def calibrate_on_task(config: Config, flags: argparse.Namespace, topology: Topol
     grid = tuple(sorted(flags.thresholds, reverse=True)) if flags.thresholds else GRID
     task: Task = on_first_rank(topology, lambda: _read(flags, grid))
     _check_number(len(task.items), asked)
-    llm = EarlyExitLLM.from_config(config, topology)
+    llm = EarlyExitLLM.from_config(replace(config, generation={"budget": None}), topology)
     check_has_exits(llm.exit_layers, llm.num_layers)
     scores = TaskScores(llm, task, read_chat_template(config.data.chat_template))
     full, level = scores.by(FULL_DEPTH), asked.epsilon / len(asked.measures)

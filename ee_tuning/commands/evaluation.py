@@ -107,6 +107,7 @@ def _policy_sweep(args: argparse.Namespace) -> "PolicySweep":
     return PolicySweep(
         thresholds=_thresholds(args.thresholds),
         fixed=tuple(args.fixed),
+        budgets=tuple(args.budget),
         speculative=args.speculative,
         calibrations=tuple(args.calibration),
     )
@@ -191,6 +192,16 @@ def _add_policies(parser: argparse.ArgumentParser) -> None:
         help="fixed exits to measure, at which all tokens leave",
     )
     parser.add_argument(
+        "--budget",
+        action="extend",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="X",
+        help="shares of the time per token at full depth, such as 0.5: each for the deepest exit that takes at most this, measured "
+        "when the model is loaded; an evaluation that goes on keeps the exits",
+    )
+    parser.add_argument(
         "--speculative", action="store_true", help="measure speculation, too: exits draft and the full model checks"
     )
     parser.add_argument(
@@ -248,7 +259,7 @@ COMMANDS = (
         examples="""\
   ee-tuning evaluate --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --task qa.jsonl --metric contains --output evaluations/qa
   ee-tuning evaluate job.yaml --task qa.jsonl --metric exact --task news.jsonl --metric rouge-l --output evaluations/both
-  ee-tuning evaluate job.yaml --task qa.jsonl --metric exact --thresholds 0.9 0.8 --fixed 8 --speculative --output evaluations/ways
+  ee-tuning evaluate job.yaml --task qa.jsonl --metric exact --thresholds 0.9 0.8 --fixed 8 --budget 0.5 --speculative --output evaluations/ways
   ee-tuning evaluate job.yaml --lm-eval hellaswag gsm8k --limit 200 --thresholds 0.9 0.8 --output evaluations/harness
   ee-tuning evaluate job.yaml --human-eval --run-code --thresholds 0.9 --output evaluations/human-eval
   torchrun --nproc-per-node 4 -m ee_tuning evaluate job.yaml --task qa.jsonl --metric exact --output evaluations/qa

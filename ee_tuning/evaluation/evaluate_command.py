@@ -18,10 +18,17 @@ from ee_tuning.config import Config, replace
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.evaluate import Block, Procedure, evaluate
-from ee_tuning.evaluation.evaluation_folder import OWNER, READINGS, EvaluationFolder, Settings, check_folder
+from ee_tuning.evaluation.evaluation_folder import (
+    OWNER,
+    READINGS,
+    EvaluationFolder,
+    Settings,
+    check_folder,
+    settings_in,
+)
 from ee_tuning.evaluation.evaluation_report import print_tables, write_reports
 from ee_tuning.evaluation.figures import Evaluation
-from ee_tuning.evaluation.points import Point, PolicySweep, check_thresholds
+from ee_tuning.evaluation.points import Point, PolicySweep
 from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.evaluation.task import Metric, Task, read_tasks
 from ee_tuning.generation.llm import EarlyExitLLM
@@ -69,7 +76,7 @@ def _read(config: Config, options: EvaluateOptions) -> list[Task]:
     """Reads the tasks. Nothing is written."""
     if not options.tasks:
         raise InputError("evaluate needs a task, got none; give --task FILE.jsonl")
-    check_thresholds(options.sweep.thresholds)
+    options.sweep.check()
     sources = (
         *options.tasks,
         *options.sweep.calibrations,
@@ -87,10 +94,12 @@ def _read(config: Config, options: EvaluateOptions) -> list[Task]:
 
 def _evaluate(config: Config, options: EvaluateOptions, topology: Topology, tasks: list[Task]) -> None:
     template = read_chat_template(config.data.chat_template)
+    config = replace(config, generation={"budget": None})  # it is of one policy, and points have their own
     llm = EarlyExitLLM.from_config(config, topology)
     against = None if options.against is None else _other_model(config, options.against, llm, topology)
     own_name = None if against is None else _own_name(config)
-    points = options.sweep.points(llm, config.generation.measure, own_name)
+    before = on_first_rank(topology, lambda: {} if options.overwrites else settings_in(options.output))
+    points = options.sweep.points(llm, config.generation.measure, own_name, before)
     procedure = Procedure(
         batch_size=config.generation.max_batch_size,
         block=options.block,
@@ -146,7 +155,7 @@ def _own_name(config: Config) -> str:
 
 def _other_model(config: Config, path: str, llm: EarlyExitLLM, topology: Topology) -> EarlyExitLLM:
     """Loads the model of --against. Raises InputError where its tokens are not those of `llm`."""
-    whole = replace(config, model=_other_section(path), exits={"path": None}, generation={"budget": None})
+    whole = replace(config, model=_other_section(path), exits={"path": None})
     other = EarlyExitLLM.from_config(whole, topology)
     sizes = [each.model.config.vocab_size for each in (llm, other)]
     if sizes[0] != sizes[1] or llm.tokenizer.get_vocab() != other.tokenizer.get_vocab():

@@ -39,6 +39,11 @@ def check_folder(folder: Path, overwrites: bool) -> None:
         _settings_in(journal)  # raises where it is none
 
 
+def settings_in(folder: Path) -> Settings:
+    """Returns the settings of the job whose results are in `folder`; empty without any."""
+    return (_settings_in(folder / READINGS) or {}) if (folder / READINGS).exists() else {}
+
+
 class EvaluationFolder:
     """The results of one job, in one process, within `owned`."""
 

@@ -1,13 +1,14 @@
 """Policies that are compared with full depth: the points of a curve of quality against speed."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ee_tuning.config.generation import Measure
 from ee_tuning.errors import InputError
+from ee_tuning.generation.depth_budget import check_budget, exits_within_budgets
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.options import with_options
 from ee_tuning.sampling.policy import FULL, Policy
@@ -51,19 +52,35 @@ class PolicySweep:
     thresholds: tuple[float, ...] = THRESHOLDS
     fixed: tuple[int, ...] = ()
     """Exit layers."""
+    budgets: tuple[float, ...] = ()
+    """Shares of full depth's time per token, each for the deepest exit within it."""
     speculative: bool = False
     calibrations: tuple[Path, ...] = ()
 
-    def points(self, llm: EarlyExitLLM, measure: Measure, own_name: str | None = None) -> list[Point]:
+    def check(self) -> None:
+        """Raises InputError where a threshold or a budget is out of range."""
+        check_thresholds(self.thresholds)
+        for budget in self.budgets:
+            check_budget(budget)
+
+    def points(
+        self,
+        llm: EarlyExitLLM,
+        measure: Measure,
+        own_name: str | None = None,
+        before: Mapping[str, Any] | None = None,
+    ) -> list[Point]:
         """See `points_of`."""
         return points_of(
             llm,
             thresholds=self.thresholds,
             measure=measure,
             fixed=self.fixed,
+            budgets=self.budgets,
             speculative=self.speculative,
             calibrations=self.calibrations,
             own_name=own_name,
+            before=before,
         )
 
 
@@ -73,14 +90,18 @@ def points_of(
     thresholds: Sequence[float] = THRESHOLDS,
     measure: Measure | None = None,
     fixed: Sequence[int] = (),
+    budgets: Sequence[float] = (),
     speculative: bool = False,
     calibrations: Sequence[str | Path] = (),
     own_name: str | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> list[Point]:
-    """Returns full depth and a point per threshold (the same for all exits, by `measure`), fixed exit, calibration and
-    speculation.
+    """Returns full depth and a point per threshold (the same for all exits, by `measure`), fixed exit, budget,
+    calibration and speculation.
 
-    Where full depth is another model's, `own_name` is the name of a point of all layers of `llm`.
+    Where full depth is another model's, `own_name` is the name of a point of all layers of `llm`. `before`, points by
+    name as `description` has them, are those of an output that goes on: its budgets keep their exits, others are
+    measured, by all ranks together.
 
     Raises InputError where an exit does not exist, a value is out of range or given twice, or a file does not fit.
     """
@@ -103,6 +124,10 @@ def points_of(
         _point(llm, f"exit {layer}", "fixed", float(layer), policy="fixed", exit_layer=layer) for layer in sorted(fixed)
     ]
     points += [
+        _point(llm, _of_budget(budget), "fixed", float(layer), policy="fixed", exit_layer=layer)
+        for budget, layer in _budget_exits(llm, budgets, before or {})
+    ]
+    points += [
         _point(llm, Path(file).stem, "calibration", None, policy="threshold", calibration=str(file))
         for file in calibrations
     ]
@@ -121,6 +146,22 @@ def check_thresholds(thresholds: Sequence[float]) -> None:
             raise InputError(
                 f"--thresholds must lie in 0..1, got {threshold:g}; full depth, which never leaves, is measured anyway"
             )
+
+
+def _of_budget(budget: float) -> str:
+    return f"budget {budget:g}"
+
+
+def _budget_exits(llm: EarlyExitLLM, budgets: Sequence[float], before: Mapping[str, Any]) -> list[tuple[float, int]]:
+    """Returns each budget with its exit, deep to shallow."""
+    if not budgets:
+        return []
+    chosen = dict[float, int]()
+    for layer in llm.exit_layers:
+        words = Point(name="", kind="fixed", policy=Policy(fixed_exit=layer)).description()
+        chosen |= {budget: layer for budget in budgets if before.get(_of_budget(budget)) == words}
+    found = exits_within_budgets(llm.model, llm.stages, budgets, chosen)
+    return [(budget, found[budget]) for budget in sorted(budgets, reverse=True)]
 
 
 def _point(llm: EarlyExitLLM, name: str, kind: PointKind, value: float | None, **options: Any) -> Point:

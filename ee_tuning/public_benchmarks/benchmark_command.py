@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ee_tuning.config import Config
+from ee_tuning.config import Config, replace
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.evaluation_folder import OWNER
-from ee_tuning.evaluation.points import Point, PolicySweep, check_thresholds
+from ee_tuning.evaluation.points import Point, PolicySweep
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.many import model_settings
 from ee_tuning.json_file import parse_json
@@ -24,7 +24,7 @@ from ee_tuning.notices import say
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 from ee_tuning.public_benchmarks import human_eval, lm_eval_run
-from ee_tuning.public_benchmarks.benchmark_folder import BenchmarkFolder, Figures, check_folder
+from ee_tuning.public_benchmarks.benchmark_folder import BenchmarkFolder, Figures, check_folder, policies_in
 from ee_tuning.public_benchmarks.code_runner import ProgramResult
 from ee_tuning.public_benchmarks.driver import Driver, drive
 from ee_tuning.public_benchmarks.lm_eval_run import HarnessTasks
@@ -69,8 +69,12 @@ def run_benchmark(config: Config, options: Benchmark) -> None:
     topology = init_parallel(config.parallel)
     on_first_rank(topology, lambda: _check(config, options))
     with owned(options.output, topology, lock_file=options.output / OWNER):
+        config = replace(config, generation={"budget": None})  # it is of one policy, and points have their own
         llm = EarlyExitLLM.from_config(config, topology)
-        points = options.sweep.points(llm, config.generation.measure)
+        before = on_first_rank(
+            topology, lambda: {} if options.overwrites else policies_in(options.output, options.summary)
+        )
+        points = options.sweep.points(llm, config.generation.measure, before=before)
         template = ChatTemplate(llm.tokenizer, read_chat_template(config.data.chat_template))
         if options.harness is not None and options.harness.applies_chat_template:
             options = dataclasses.replace(
@@ -81,7 +85,7 @@ def run_benchmark(config: Config, options: Benchmark) -> None:
 
 
 def _check(config: Config, options: Benchmark) -> None:
-    check_thresholds(options.sweep.thresholds)
+    options.sweep.check()
     check_one_head(config.generation)
     own = (
         options.problems,

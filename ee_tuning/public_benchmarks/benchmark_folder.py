@@ -20,6 +20,13 @@ _REMEDY = "give another --output, or --overwrite to start over"
 Figures = dict[str, Any]
 
 
+def policies_in(folder: Path, summary: str) -> dict[str, str]:
+    """Returns the policies whose figures are in `folder`: the name of a point -> its description."""
+    if not (folder / summary).exists():
+        return {}
+    return {name: each["policy"] for name, each in _read(folder / summary)["points"].items()}
+
+
 class BenchmarkFolder:
     """The folder on rank 0, within `owned`. `summary` names the file that holds the job and all figures."""
 

@@ -20,6 +20,8 @@ from ee_tuning.evaluation.quality import agreement
 from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.evaluation.task import Task, TaskItem
 from ee_tuning.evaluation.text_metrics import contains
+from ee_tuning.generation import depth_budget
+from ee_tuning.generation.depth_budget import DepthTimes
 from ee_tuning.sampling.policy import Policy
 
 LINES: list[dict[str, Any]] = [
@@ -279,9 +281,30 @@ def test_the_same_command_goes_on(
     assert json.loads((output / "evaluation.json").read_text())["tasks"][0]["num_prompts"] == 1
 
 
+def test_a_budget_keeps_its_exit_in_an_evaluation_that_goes_on(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Times that are measured anew, choose another exit, and make the same command another job."""
+    times = [DepthTimes(1.0, {2: 0.3, 4: 0.6}), DepthTimes(1.0, {2: 0.3, 4: 0.4})]
+    monkeypatch.setattr(depth_budget, "measure_depths", lambda *_: times.pop(0))
+    more = ["--thresholds", "none", "--budget", "0.7", "0.5", "--limit", "1", "--set", "generation.budget=0.9"]
+    given = [*command, *more, "--output", str(tmp_path / "out")]
+    assert cli.main(given) == 0 and len(times) == 1, "measured once for all"
+    assert "budget 0.5: exit 2 of 6 layers, 0.30 of full" in capsys.readouterr().err
+    tree = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    points = [(point["name"], point["kind"], point["value"]) for point in tree["tasks"][0]["points"][1:]]
+    assert points == [("budget 0.7", "fixed", 4.0), ("budget 0.5", "fixed", 2.0)]
+    assert cli.main(given) == 0 and len(times) == 1
+    told = capsys.readouterr().err
+    assert (
+        "budget 0.5: exit 2 of 6 layers, with which the output began" in told and "nothing is left to measure" in told
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--budget", "1.5"], "above 0 and below 1, .* got 1.5"),
         (["--metric", "choice"], '"choices", and this line has only answers'),
         (["--thresholds", "1.5"], "must lie in 0..1, got 1.5"),
         (["--thresholds", "none", "0.4"], "must be numbers in 0..1"),
