@@ -53,8 +53,7 @@ def pruned_card(
         _history(layer, exits),
         [
             f"A model in its own right: smaller and faster than {name}, and weaker. Nothing but its last norm, output "
-            "matrix and what is named above was tuned for the cut; measure it before you rely on it "
-            "(`ee-tuning benchmark`, `ee-tuning evaluate`).",
+            "matrix and what is named above was tuned for the cut; measure it before you rely on it (`ee-tuning evaluate`).",
             "",
             *TRANSFORMERS_LINES,
             "",

@@ -55,6 +55,16 @@ def test_every_command_is_in_the_table() -> None:
     assert set(listed) == {command.name for command in cli.COMMANDS}
 
 
+def test_messages_and_cards_name_commands_that_exist() -> None:
+    """A remedy, or a model's README.md, that sends its reader to `ee-tuning benchmark`."""
+    named = {
+        name
+        for path in (ROOT / "ee_tuning").rglob("*.py")
+        for name in re.findall(r"ee-tuning ([a-z]+)", path.read_text(encoding="utf-8"))
+    }
+    assert named == {command.name for command in cli.COMMANDS}
+
+
 def test_commands_are_found() -> None:
     """A pattern that no longer matches the pages would test nothing."""
     assert len(COMMANDS) > 20 and len(PROGRAMS) >= 5
