@@ -48,6 +48,9 @@ def layouts(
     Tensor parallelism stays within a node: across nodes its messages, two a layer, would take longer than the layers.
     `on_layout` is called after each layout. Raises InputError where the job can not be planned at all.
     """
+    for size, name in ((tensor, "tensor"), (pipeline, "pipeline")):
+        if size is not None and size < 1:
+            raise InputError(f"parallel.{name}_model_parallel_size must be at least 1, got {size}")
     sources = shape_sources(config)
     model, parts = sources.config, parameters_by_part(sources.config)
     depth = max(sources.exits.exit_layers, default=0) / model.num_layers if sources.exits else 0.0
@@ -57,12 +60,17 @@ def layouts(
     )  # layers after the last exit may be left out
     found = []
     for tp in _divisors(cluster.gpus_per_node) if tensor is None else [tensor]:
-        for pp in _divisors(cluster.world_size // tp) if pipeline is None else [pipeline]:
+        for pp in _divisors(cluster.world_size // tp, model.num_layers) if pipeline is None else [pipeline]:
             if tp * pp > cluster.world_size or pp > model.num_layers:
                 continue
             found.append(_planned(config, cluster, tp, pp, least))
             on_layout(found[-1])
-    if not any(each.plan for each in found) and found:
+    if not found:
+        raise InputError(
+            f"no layout of {cluster.world_size} GPUs has tensor × pipeline = {tensor or 'any'} × {pipeline or 'any'}, with at most "
+            f"{model.num_layers} stages, one per layer; give other sizes, or none"
+        )
+    if not any(each.plan for each in found):
         raise InputError(
             f"no layout of {cluster.world_size} GPUs suits this job; the first, because {found[0].refusal}"
         )
@@ -89,5 +97,5 @@ def _planned(config: Config, cluster: Cluster, tp: int, pp: int, least: float) -
     return Layout(tensor=tp, pipeline=pp, data=data, plan=plan)
 
 
-def _divisors(number: int) -> list[int]:
-    return [each for each in range(1, number + 1) if number % each == 0]
+def _divisors(number: int, most: int | None = None) -> list[int]:
+    return [each for each in range(1, min(number, most or number) + 1) if number % each == 0]

@@ -304,6 +304,10 @@ def test_a_cluster_gets_the_fastest_layout_that_fits(
         ("- 1\n", (), "must hold keys with values"),
         ("gpu: h100\ngpus_per_node: 8\n", ("--nodes", "2"), "--nodes is of the cluster"),
         ("gpu: h100\ngpus_per_node: 1\nmemory: 3\n", (), "no layout of 1 GPUs suits this job"),
+        ("gpu: h100\ngpus_per_node: 1000000000000000\n", (), "must be a number in 1..100000"),
+        ("gpu: h100\ngpus_per_node: 8\nlink: .inf\n", (), "must be a number above 0"),
+        ("gpu: h100\ngpus_per_node: 2\n", ("--tensor-model-parallel-size", "0"), "at least 1, got 0"),
+        ("gpu: h100\ngpus_per_node: 2\n", ("--tensor-model-parallel-size", "3"), "no layout of 2 GPUs has tensor"),
     ],
 )
 def test_what_is_no_cluster_is_refused(
