@@ -72,15 +72,21 @@ def check_plain_exit(
 
 def load_to_compare(config: Config, text: str, max_tokens: int = MAX_TOKENS) -> tuple[Topology, LoadedModel, Tensor]:
     """Loads the model in one process, for any layout of the job, and tokenizes the text."""
-    tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
+    token_ids = check_long_enough(config, text)
     config = dataclasses.replace(config, parallel=ParallelSection())
     topology = init_parallel(config.parallel)
     loaded = load_for_generation(config, topology)
     limit = min(max_tokens, loaded.model.config.max_position_embeddings)
-    ids = torch.tensor([tokenizer(text)["input_ids"][:limit]])
-    if ids.numel() < 2:
-        raise InputError(f"the check needs a text of at least two tokens, got {ids.numel()}; give another --text")
-    return topology, loaded, ids
+    return topology, loaded, torch.tensor([token_ids[:limit]])
+
+
+def check_long_enough(config: Config, text: str) -> list[int]:
+    """Returns the tokens of a text. Raises InputError where there are fewer than two, or no tokenizer."""
+    tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
+    token_ids: list[int] = tokenizer(text)["input_ids"]
+    if len(token_ids) < 2:
+        raise InputError(f"--text must have at least two tokens, got {len(token_ids)}; give another one")
+    return token_ids
 
 
 def _print_difference(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> bool:  # [s, v], [s, v]

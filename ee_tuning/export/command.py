@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 FLAGS = {
     "artifact": ("only", "drop", "merge", "add"),
-    "hf": ("link", "check", "text"),
+    "hf": ("link", "check", "text", "tolerance"),
     "megatron": (),
     "eagle3": (),
     "speculators": (),
-    "draft": ("exit", "fold_bias", "check", "text"),
-    "pruned": ("exit", "fold_bias", "check", "text"),
+    "draft": ("exit", "fold_bias", "check", "text", "tolerance"),
+    "pruned": ("exit", "fold_bias", "check", "text", "tolerance"),
 }
 """Format -> flags that only some formats accept."""
 HUGGINGFACE = ("hf", "draft", "pruned")
@@ -52,11 +52,11 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         _check_exit_layer(config, flags)
     if flags.check and not config.exits.path:
         raise InputError("--check compares exits, got none; give --exits FOLDER, or leave --check out")
-    text = _text(flags.text) if flags.check or flags.fold_bias else ""
-    if text:  # before minutes of writing
-        from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
+    text = ""
+    if flags.check or flags.fold_bias:  # before minutes of writing
+        from ee_tuning.export.check import check_long_enough
 
-        load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
+        check_long_enough(config, text := _text(flags.text))
     constant = None
     if flags.fold_bias:
         from ee_tuning.export.constant_direction import constant_direction
@@ -76,6 +76,15 @@ def _check_flags(flags: argparse.Namespace) -> None:
             raise InputError(
                 f"--{name.replace('_', '-')} goes with --format {formats}, got --format {flags.format}; leave one of them out"
             )
+    if flags.tolerance is not None and not (flags.check and 0 < flags.tolerance < float("inf")):
+        raise InputError(
+            f"--tolerance must be a difference above 0 and go with --check, got {flags.tolerance:g}"
+            f"{'' if flags.check else ' without it'}; leave it out, or give --check"
+        )
+    if flags.text is not None and not (flags.check or flags.fold_bias):
+        raise InputError(
+            f"--text {flags.text} is read by --check and --fold-bias, got neither; give one, or leave it out"
+        )
     if (of_new := sorted(NEW_EXITS & flags.overrides.keys())) and not flags.add:
         raise InputError(f"{', '.join(of_new)} is of new exits, and none is asked for; give --add N, or leave it out")
     if flags.format == "artifact" or flags.check or flags.fold_bias:

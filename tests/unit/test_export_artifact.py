@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from byte_tokenizer import write_byte_tokenizer
 from random_models import random_llama, random_model
 from safetensors.torch import load_file
 
@@ -301,3 +302,27 @@ def test_a_format_refuses_the_flags_of_another(models, tmp_path, capsys, monkeyp
     monkeypatch.setenv("RANK", "0")
     export(models, tmp_path / "refused", "--exits", "a24", code=2)
     assert "one process" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--check --tolerance nan", "--tolerance must be a difference above 0 and go with --check, got nan"),
+        ("--check --tolerance -1", "above 0 and go with --check, got -1"),
+        ("--tolerance 0.1", "got 0.1 without it"),
+        ("--text {text}", "is read by --check and --fold-bias, got neither"),
+        ("--check --text {text}", "--text must have at least two tokens, got 0"),
+        ("--fold-bias --text {text}", "--text must have at least two tokens, got 0"),
+    ],
+)
+def test_a_check_that_can_not_be_made_is_refused_before_anything_is_written(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, said: str
+):
+    """Minutes of writing, and then an export that no check has seen; a flag without effect."""
+    (tmp_path / "empty.txt").touch()
+    write_byte_tokenizer(tmp_path / "tokenizer")
+    words = ["export", "--format", "draft", "--model", str(models / "a"), "--exits", str(models / "a5"), "--exit", "5"]
+    words += ["--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / "out")]
+    assert cli.main([*words, *flags.format(text=tmp_path / "empty.txt").split()]) == 2
+    told = capsys.readouterr().err
+    assert said in told and told.count("\n") == 1 and not (tmp_path / "out").exists()
