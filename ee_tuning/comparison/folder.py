@@ -49,6 +49,8 @@ def check_same(output: Path, settings: dict[str, Any]) -> None:
         there = parse_json((output / MARK).read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{output / MARK} can not be read: {error}; give another --output") from error
+    if not isinstance(there, dict) or not isinstance(there.get(RATES, {}), dict):
+        raise InputError(f"{output / MARK} holds no settings of a comparison; give another --output")
     rates, former = settings[RATES], there.get(RATES, {})
     if differences := differences_text(_flat(there, {**rates, **former}), _flat(settings, {**former, **rates})):
         raise InputError(

@@ -77,14 +77,14 @@ def read_evaluation(folder: Path) -> Measured:
     """Reads the figures of an evaluation. Raises InputError where they are damaged."""
     try:
         tree = read_json(folder / FIGURES)
-    except ValueError as error:
+        tasks = {task["name"]: task["points"] for task in tree["tasks"]}
+        if not (tasks[LOSS_TASK] and tasks[SPEED_TASK]):
+            raise ValueError("it has no figures")
+        return Measured(tasks, tree["settings"]["dtype"])
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{folder / FIGURES} is damaged: {error}; remove {folder}, and it is measured again"
+            f"{folder / FIGURES} is damaged: {error!r}; remove {folder}, and it is measured again"
         ) from error
-    return Measured(
-        {task["name"]: task["points"] for task in tree["tasks"]},
-        tree["settings"]["dtype"],
-    )
 
 
 def rows_of(way: str, entry: Entry, measured: Measured, evaluation: str) -> list[Row]:

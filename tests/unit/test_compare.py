@@ -243,6 +243,24 @@ def test_a_folder_of_another_job_is_refused(shared: Path, finished: tuple[Path, 
     assert "tuning.seed (1234 there, 5 here)" in said
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("text/settings.json", "[]", "holds no settings of a comparison; give another --output"),
+        ("text/settings.json", '{"learning rates": 3}', "holds no settings of a comparison"),
+        ("evaluations/sorted/evaluation.json", "{}", "is damaged: .*, and it is measured again"),
+        ("evaluations/sorted/evaluation.json", '{"tasks": []}', "is damaged: .*, and it is measured again"),
+    ],
+)
+def test_a_damaged_file_of_an_earlier_run_is_one_line(
+    shared: Path, finished: tuple[Path, list[str], int], tmp_path: Path, name: str, content: str, said: str
+):
+    """A traceback where a file was cut off or edited."""
+    shutil.copytree(finished[0], tmp_path / "o")
+    (tmp_path / "o" / name).write_text(content)
+    assert re.search(said, refusal(compare, job(shared), options(tmp_path / "o"), recorded([])))
+
+
 def test_ranks_of_torchrun_are_refused(shared: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Four processes that each start all commands."""
     monkeypatch.setenv("RANK", "0")
