@@ -101,6 +101,10 @@ def _as_meant(name: str, value: Any) -> Any:
             raise InputError(
                 f"--output must end in a name, because it is first written beside its destination, got {value}; give {value / 'NAME'}"
             )
+    elif any(isinstance(each, int) and abs(each) >= 2**63 for each in (value if isinstance(value, list) else [value])):
+        raise InputError(
+            f"--{name.replace('_', '-')} must be a number below 2^63, got a longer one; give a smaller one"
+        )
     elif name == "config" and isinstance(value, str):
         value = expanded(value, "CONFIG")
     elif name in _TEXTS and value is not None:

@@ -177,7 +177,9 @@ def advise(args: argparse.Namespace) -> None:
     from ee_tuning.planning.advice_text import print_advice
     from ee_tuning.planning.advise import ways
     from ee_tuning.planning.gpus import gpu
+    from ee_tuning.tuning.settings import check_settings
 
+    check_settings(config.tuning)
     chosen = gpu(args.gpu, tflops=args.tflops, bandwidth=args.bandwidth)
     if args.tokens < 1 or not 0 < args.efficiency <= 1:
         raise InputError(

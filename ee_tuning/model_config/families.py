@@ -177,17 +177,31 @@ def _dense_layers(spelled: dict[str, Any], path: Path) -> tuple[int, ...]:
     return tuple(layer for layer in range(1, num_layers + 1) if layer - 1 in listed or layer % step)
 
 
+_COUNTED = ("num_hidden_layers", "num_layers", "num_local_experts", "num_experts")
+MOST_COUNTED = 100_000
+"""Most layers, and experts of a layer."""
+
+
 def fixed_fields(family: Family) -> dict[str, Any]:
     """Returns the fields of ModelConfig in which all models of the family differ from Llama, except the family."""
     return _FIELDS[family]
 
 
 def positive_number(raw: dict[str, Any], key: str, path: Path) -> int:
-    """Returns `raw[key]`. Raises InputError where it is missing or no positive integer."""
+    """Returns `raw[key]`. Raises InputError where it is missing, no positive integer, or above what a model has."""
     value = raw.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{path}: {key} must be a positive whole number, got {value!r}")
+        raise InputError(f"{path}: {key} must be a positive whole number, got {value!r:.60}")
+    check_count(key, value, path)
     return value
+
+
+def check_count(key: str, value: int, path: Path) -> None:
+    """Raises InputError on numbers of layers and experts that no model has: each of them is walked through."""
+    if key in _COUNTED and value > MOST_COUNTED:
+        raise InputError(
+            f"{path}: {key} must be at most {MOST_COUNTED:,}, got {value!r:.60}; fetch the model's own file"
+        )
 
 
 def _refuse_active_window(full: dict[str, Any], path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
 from ee_tuning.model_config.config import STORED_DTYPES, ModelConfig, RopeConfig, model_config_from_hf
-from ee_tuning.model_config.families import Family, fixed_fields
+from ee_tuning.model_config.families import Family, check_count, fixed_fields
 from ee_tuning.yaml_file import parse_yaml
 
 _REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
@@ -349,6 +349,7 @@ def _number(arguments: Mapping[str, Any], key: str, path: Path) -> int:
         raise InputError(
             f"{path}: {key} must be a positive whole number, got {value!r}; spell it out in a file given by --config"
         )
+    check_count(key, value, path)
     return value
 
 

@@ -91,9 +91,25 @@ def test_the_text_and_the_object_tell_the_same(capsys):
 
 @pytest.mark.parametrize(
     ("flags", "named"),
-    [(["--tokens", "0"], "--tokens"), (["--efficiency", "2"], "--efficiency"), (["--gpu", "abacus"], "--gpu")],
+    [
+        (["--tokens", "0"], "--tokens"),
+        (["--tokens", "1" + "0" * 400], "--tokens must be a number below 2^63"),
+        (["--efficiency", "2"], "--efficiency"),
+        (["--gpu", "abacus"], "--gpu"),
+        (["--set", "tuning.ttt_steps=-5"], "tuning.ttt_steps must be at least 1, got -5"),
+        (["--set", "tuning.train_iters=1" + "0" * 400], "tuning.train_iters must be a whole number of at most 64 bits"),
+    ],
+    ids=lambda value: value[0] + value[1][:20] if isinstance(value, list) else "",
 )
 def test_figures_that_make_no_sense_are_refused(capsys, flags, named):
-    """Hours by division by zero."""
+    """Hours by division by zero, negative ones, and a traceback for a number that no float can hold."""
     assert cli.main(["advise", "--model", str(EXAMPLES / "llama-3.1-8b"), *flags]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_a_model_of_a_billion_layers_is_refused_at_once(tmp_path, capsys):
+    """A config.json with a slip, or a hostile one, that keeps a core busy for hours."""
+    tree = json.loads((EXAMPLES / "llama-3.1-8b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**tree, "num_hidden_layers": 10**9}))
+    assert cli.main(["advise", "--model", str(tmp_path)]) == 2
+    assert "num_hidden_layers must be at most 100,000, got 1000000000" in capsys.readouterr().err
