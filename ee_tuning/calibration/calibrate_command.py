@@ -5,6 +5,7 @@
 import argparse
 import dataclasses
 from pathlib import Path
+from shlex import quote
 
 from ee_tuning.artifact.load import LoadedModel, load_for_generation
 from ee_tuning.calibration.calibrate import (
@@ -136,7 +137,7 @@ def _calibrate_by_agreement(config: Config, flags: argparse.Namespace, loaded: L
 
 def _print_written(output: Path, picture: Path, topology: Topology) -> None:
     if topology.is_logging_rank:
-        print(f"wrote {output} and {picture}; next: ee-tuning generate --calibration {output} …")
+        print(f"wrote {output} and {picture}; next: ee-tuning generate --calibration {quote(str(output))} …")
 
 
 def _print_summary(

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import math
 from pathlib import Path
+from shlex import quote
 
 from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.calibration.calibrate import MEASURES, CalibrationResult, score_thresholds
@@ -73,7 +74,7 @@ def calibrate_with_guarantee(config: Config, flags: argparse.Namespace, loaded: 
     )
     draw_guarantee(proofs, measure, asked.delta, picture)
     _print_summary(asked, measure, proofs[measure], readings.num_tokens, found, readings.num_layers)
-    print(f"wrote {flags.output} and {picture}; next: ee-tuning generate --calibration {flags.output} …")
+    print(f"wrote {flags.output} and {picture}; next: ee-tuning generate --calibration {quote(str(flags.output))} …")
 
 
 def _documents(samples: Samples, num_tokens: int) -> list[SampledText]:

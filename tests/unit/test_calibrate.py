@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from plain_decoder import PlainDecoder, confidence
 from random_models import random_llama
 
 from ee_tuning import EarlyExitLLM, cli
+from ee_tuning.calibration import calibrate_command
 from ee_tuning.calibration.calibrate import (
     MEASURES,
     ExitObservations,
@@ -218,3 +220,10 @@ def test_a_place_for_no_file_is_refused_before_anything_is_read(tmp_path, monkey
     with pytest.raises(InputError) as error:
         calibrate(load_config(None, {"model.path": "none"}), flags)
     assert words in str(error.value)
+
+
+def test_the_next_command_can_be_copied(capsys: pytest.CaptureFixture[str]):
+    """A file whose name has a blank, of which a shell makes two words."""
+    alone = SimpleNamespace(is_logging_rank=True)
+    calibrate_command._print_written(Path("my runs/it.json"), Path("my runs/it.png"), alone)  # type: ignore[arg-type]
+    assert "ee-tuning generate --calibration 'my runs/it.json' …" in capsys.readouterr().out
