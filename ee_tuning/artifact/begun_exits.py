@@ -10,6 +10,7 @@ from shlex import quote
 from typing import Any
 
 from ee_tuning.artifact.exit_config import ExitHeadsConfig, read_exit_config
+from ee_tuning.artifact.exit_heads import check_is_artifact
 from ee_tuning.config import Config, ExitsSection
 from ee_tuning.config.output_vocab import AutoVocab
 from ee_tuning.config.placement import AutoLayers
@@ -36,7 +37,9 @@ def with_begun_exits(config: Config, given: Collection[str]) -> Config:
         section = ExitsSection(**kept)
     if "tuning.fit_tokens" in given:
         raise InputError(_refusal(section, "tuning.fit_tokens", config.tuning.fit_tokens, "are not fitted again"))
-    _check_held(section, read_exit_config(Path(str(section.path))), given)
+    folder = Path(str(section.path))
+    check_is_artifact(folder)
+    _check_held(section, read_exit_config(folder), given)
     return Config(**{**vars(config), "exits": section})
 
 

@@ -190,8 +190,7 @@ def check_is_artifact(folder: Path) -> None:
     """Raises InputError where `folder` is no exit-heads artifact."""
     if not (folder / CONFIG).is_file():
         raise InputError(
-            f"--exits must be an exit-heads artifact, which holds {CONFIG}, and {folder} does not; make one with "
-            "`ee-tuning convert`"
+            f"an exit-heads artifact must hold {CONFIG}, and {folder} does not; make one with `ee-tuning convert`"
         )
 
 
