@@ -24,7 +24,7 @@ from ee_tuning.generation.completion import Completion, StreamedToken
 from ee_tuning.generation.completion_runner import CompletionRunner
 from ee_tuning.generation.depth_budget import with_exit_within_budget
 from ee_tuning.generation.job import Job
-from ee_tuning.generation.options import checked_options, engine_settings, params_of
+from ee_tuning.generation.options import check_sizes, checked_options, engine_settings, params_of
 from ee_tuning.generation.scoring import Score, TokenPair, score, token_pairs
 from ee_tuning.generation.text import special_tokens
 from ee_tuning.model.early_exit import EarlyExitModel
@@ -101,6 +101,7 @@ class EarlyExitLLM:
         exit that generation.budget chooses, or chose before: `chosen_exit`. Raises InputError where they do not fit, or
         no exit meets the budget.
         """
+        check_sizes(config.generation)
         topology = topology or init_parallel(config.parallel)
         loaded = load_for_generation(config, topology)
         folder = model_folder(config.model.path)

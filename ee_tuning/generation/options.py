@@ -32,11 +32,16 @@ def with_options(defaults: GenerationSection, options: dict[str, Any]) -> Genera
 def checked_options(defaults: GenerationSection, options: dict[str, Any]) -> GenerationSection:
     """Does the work of `with_options`. Raises InputError on sizes that no engine can have."""
     resolved = with_options(defaults, options)
+    check_sizes(resolved)
+    return resolved
+
+
+def check_sizes(options: GenerationSection) -> None:
+    """Raises InputError on sizes that no engine can have."""
     for name in ("max_pending", "prefill_chunk", "max_batch_size", "cache_tokens"):
-        value = getattr(resolved, name)
+        value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"generation.{name} must be at least 1, got {value}")
-    return resolved
 
 
 def params_of(generation: GenerationSection) -> SamplingParams:

@@ -74,9 +74,9 @@ def _request_of(llm: EarlyExitLLM, line: Line) -> Request:
     try:
         for key in kept:
             _check_kept(key)
-        return Request(
-            line["prompt"], job_of(llm, {key: value for key, value in line.items() if key not in kept}), kept=kept
-        )
+        job = job_of(llm, {key: value for key, value in line.items() if key not in kept})
+        job.params.check(llm.model.config.vocab_size)
+        return Request(line["prompt"], job, kept=kept)
     except InputError as error:
         return Request(
             line["prompt"], None, str(error), {key: value for key, value in kept.items() if key not in RECORD_KEYS}

@@ -304,6 +304,7 @@ def test_a_budget_keeps_its_exit_in_an_evaluation_that_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--max-batch-size", "0"], "generation.max_batch_size must be at least 1, got 0"),
         (["--budget", "1.5"], "above 0 and below 1, .* got 1.5"),
         (["--metric", "choice"], '"choices", and this line has only answers'),
         (["--thresholds", "1.5"], "must lie in 0..1, got 1.5"),

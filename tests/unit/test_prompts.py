@@ -23,7 +23,7 @@ from ee_tuning.demo.demo import CHECKOUT
 from ee_tuning.errors import InputError
 from ee_tuning.generation import chat as chat_module
 from ee_tuning.generation.completion import StreamedToken
-from ee_tuning.generation.prompts import read_prompts
+from ee_tuning.generation.prompts import read_prompts, requests_of
 from ee_tuning.parallel.topology import Topology
 
 pytestmark = pytest.mark.slow
@@ -109,6 +109,13 @@ def test_a_file_that_is_packed_or_encoded_otherwise_is_told(tmp_path, content):
     (tmp_path / "prompts.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=r"in UTF-8, got .*unpack it where it is packed, else convert it"):
         read_prompts(tmp_path / "prompts.jsonl")
+
+
+def test_completions_that_no_line_can_have_are_not_expected(llm: EarlyExitLLM) -> None:
+    """A progress line of a billion completions and a thousand years, for a line that is refused in the end."""
+    _, (bad, good) = requests_of(llm, [], [{"prompt": "a", "n": 10**9}, {"prompt": "b", "n": 2}])
+    assert bad.error == "n must be in 1..1024, got 1000000000"
+    assert (bad.num_completions, good.num_completions) == (1, 2)
 
 
 def test_generate_takes_params_for_all_or_for_each(llm):
