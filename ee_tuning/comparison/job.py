@@ -202,6 +202,12 @@ def check_tokens(config: Config, options: CompareOptions, shape: ModelConfig) ->
             f"--tokens must be at least {step_tokens(config)}, one step of {tuning.global_batch_size} sequences of "
             f"{tuning.seq_length}, got {options.tokens}; give more, or lower --global-batch-size or --seq-length"
         )
+    read = options.tokens // step_tokens(config) * step_tokens(config)
+    if "fitted" in options.ways and read <= shape.hidden_size:
+        raise InputError(
+            f"--tokens must be more than {shape.hidden_size} for the way fitted, one for each number of a state, got {read} in whole "
+            "steps; give more, or name other --ways"
+        )
 
 
 def depths_of(config: Config, options: CompareOptions, num_layers: int) -> tuple[int, ...]:

@@ -193,6 +193,10 @@ def test_the_page_has_every_row(finished: tuple[Path, list[str], int]):
     [
         (["--ways", "exits", "distil"], "--ways must be some of exits, .*got distil"),
         (["--tokens", "100"], "--tokens must be at least 128, one step of 4 sequences of 32, got 100"),
+        (
+            ["--seq-length", "2", "--tokens", "17", "--ways", "fitted"],
+            "--tokens must be more than 16 for the way fitted, .*got 16",
+        ),
         (["--global-batch-size", "0"], "tuning.global_batch_size must be at least 1, got 0"),
         (["--nproc", "2"], "tuning.global_batch_size must be a multiple of .*got 4; set it to 8"),
         (["--seq-length", "200"], "tuning.seq_length must lie in 1..128"),
