@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import tempfile
@@ -23,6 +24,8 @@ from ee_tuning.serving.server import address_of, bind, make_server, set_up_logs
 from ee_tuning.serving.settings import ServeSettings
 
 log = logging.getLogger("ee_tuning.serving")
+_LONGEST_SOCKET, _LONGEST_NAME = 107, len("/ee_tuning-12345678/replica-1023.sock")
+"""Bytes of a socket's path on Linux, and of its part within the folder for temporary files."""
 _SECONDS_TO_END = 10.0
 """Seconds that replicas without requests have to end."""
 
@@ -48,7 +51,9 @@ def serve_replicas(config: Config, settings: ServeSettings) -> int:
     set_up_logs()
     try:
         with (
-            tempfile.TemporaryDirectory(prefix="ee_tuning-") as folder,  # private to this user, as its sockets are
+            tempfile.TemporaryDirectory(
+                prefix="ee_tuning-", dir=socket_place()
+            ) as folder,  # private to this user, as its sockets are
             _processes(config, settings, Path(folder)) as processes,
         ):
             return asyncio.run(_serve(config, settings, processes, listening))
@@ -56,6 +61,12 @@ def serve_replicas(config: Config, settings: ServeSettings) -> int:
         listening.close()
         if settings.uds is not None:
             Path(settings.uds).unlink(missing_ok=True)
+
+
+def socket_place() -> str:
+    """Returns the folder for temporary files, or /tmp where its path is too long for sockets, as on some clusters."""
+    place = tempfile.gettempdir()
+    return place if len(os.fsencode(place)) + _LONGEST_NAME <= _LONGEST_SOCKET else "/tmp"
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -29,7 +30,7 @@ pytest.importorskip("aiohttp")
 from ee_tuning.serving.front import build_front
 from ee_tuning.serving.joined_metrics import joined_metrics
 from ee_tuning.serving.replica_set import Replica, ReplicaSet
-from ee_tuning.serving.replicated import serve_replicas
+from ee_tuning.serving.replicated import _LONGEST_SOCKET, serve_replicas, socket_place
 from ee_tuning.serving.routing import Asked, Router, asked_of
 from ee_tuning.serving.server import address_of, bind, make_server
 from ee_tuning.serving.settings import ServeSettings
@@ -226,6 +227,15 @@ def test_replicas_take_no_budget_that_each_would_measure(tmp_path: Path):
     config = replace(config_of(exits, tmp_path), generation={"budget": 0.5})
     with pytest.raises(InputError, match=r"generation\.budget is measured by each replica"):
         serve_replicas(config, ServeSettings(data_parallel_size=2))
+
+
+def test_sockets_lie_where_their_paths_are_short_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A cluster's long TMPDIR, at which a server without --uds ends with a word on --uds."""
+    for length, place in ((65, "/" + "t" * 65), (90, "/tmp")):
+        monkeypatch.setattr("tempfile.tempdir", "/" + "t" * length)
+        assert socket_place() == place
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(f"{tmp_path}/s".ljust(_LONGEST_SOCKET, "s"))
 
 
 @pytest.mark.slow
