@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from measured_costs import measure_costs
 from torch import Tensor
 
 from ee_tuning.artifact.convert import write_initial_exits
@@ -29,7 +30,6 @@ from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.data.loader import batches_of_each
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.data.splits import load_samples
-from ee_tuning.engine.cost_model import measure_costs
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.model.fit import Fit
 from ee_tuning.model.partition import final_head_cost, stage_costs

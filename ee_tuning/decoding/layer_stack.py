@@ -49,13 +49,6 @@ class LayerStack:
             hidden, inner = layer(hidden, cache, tokens.eager)
         return hidden, inner
 
-    def prepare(self, tokens: AttentionMetadata) -> None:
-        """Builds the form of the batch that these layers take; otherwise their first call builds it."""
-        if self.native is not None and tokens.num_tokens <= calls.MOST_TOKENS:
-            _ = tokens.native
-        elif not self._is_recordable or tokens.captured is None:
-            _ = tokens.eager
-
     @torch.inference_mode()
     def _replayed(self, hidden: Tensor, captured: CapturedBatch) -> tuple[Tensor, ExitInput]:  # [t, h] -> [t, h], …
         if captured not in self._graphs:

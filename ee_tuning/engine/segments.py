@@ -17,11 +17,6 @@ class Segment:
     is_read: bool = False
     """Whether a drafting head reads the states behind it."""
 
-    @property
-    def has_head(self) -> bool:
-        """Whether a head follows."""
-        return self.is_last or self.exit_layer is not None
-
 
 def cut_segments(
     stages: list[tuple[int, int]], exit_layers: tuple[int, ...], read_layers: tuple[int, ...] = ()

@@ -166,7 +166,7 @@ class Speculation:
     def _seconds_to(self, layer: int, num_rows: int) -> float:
         """Returns the seconds of a pass that ends at an exit."""
         segments = range(self._segment_of(layer) + 1)
-        return sum(self.costs.of_segment(i, num_rows) for i in segments) + self.costs.overhead
+        return sum(self.costs.of_segment(i, num_rows) for i in segments)
 
     def _seconds_of_round(
         self, layer: int, num_drafts: float, num_asked: float, num_rows: int, shallow: float

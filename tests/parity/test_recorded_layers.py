@@ -20,7 +20,6 @@ from ee_tuning.decoding.captured_attention import CapturedAttention, GatheredAtt
 from ee_tuning.decoding.captured_batch import COUNTS, GraphCache, padded_count
 from ee_tuning.decoding.eager_attention import LayerCache, SlotMapping
 from ee_tuning.decoding.layer_stack import LayerStack
-from ee_tuning.engine.cost_model import measure_costs
 from ee_tuning.engine.engine import Engine
 from ee_tuning.kernel import calls
 from ee_tuning.model import flash
@@ -228,16 +227,6 @@ def test_layers_with_experts_are_not_recorded(tmp_path: Path, monkeypatch: pytes
         True,
         False,
     ] and not subject.run._is_recordable
-
-
-def test_costs_are_those_of_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speculation that reckons with passes that nobody makes."""
-    loaded = load(tmp_path)
-    record_on_cpu(monkeypatch)
-    stage = Subject(loaded).stage
-    costs = measure_costs(stage)
-    assert ImitatedGraph.num_replays > 3 * 5 * 5
-    assert all(seconds > 0 for curve in (*costs.segments, *costs.heads.values(), costs.final_head) for seconds in curve)
 
 
 def test_compiled_layers_are_the_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from ee_tuning.engine.speculation import EDGES, Speculation
 from ee_tuning.engine.speculation_memory import SpeculationMemory
 
 SEGMENTS = cut_segments([(1, 12)], (2, 6))
-COSTS = Costs(((1.0, 1.5, 3.0),) * 3, {2: (0.1, 0.2, 0.3), 6: (0.1, 0.2, 0.3)}, (0.2, 0.3, 0.4), overhead=0.05)
-OTHER = Costs(((2.0, 2.5, 4.0),) * 3, {2: (0.1, 0.2, 0.3), 6: (0.1, 0.2, 0.3)}, (0.2, 0.3, 0.4), overhead=0.05)
+COSTS = Costs(((1.0, 1.5, 3.0),) * 3, {2: (0.1, 0.2, 0.3), 6: (0.1, 0.2, 0.3)}, (0.2, 0.3, 0.4))
+OTHER = Costs(((2.0, 2.5, 4.0),) * 3, {2: (0.1, 0.2, 0.3), 6: (0.1, 0.2, 0.3)}, (0.2, 0.3, 0.4))
 KEY = {"heads": "abc", "threads": 2}
 
 
