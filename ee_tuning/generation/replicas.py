@@ -8,9 +8,7 @@ taken.
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ee_tuning.errors import InputError
-from ee_tuning.parallel.collectives import gather_lists
-from ee_tuning.parallel.reports import failure_of_rank
+from ee_tuning.parallel.collectives import RankFailure, gather_lists
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.work_partition import share_of
 
@@ -49,14 +47,12 @@ def over_replicas(
         if failure is not None:
             raise failure
         return results
-    is_refusal = isinstance(failure, InputError)
-    told = None if failure is None else failure_of_rank(failure, topology.rank)
-    speaks = topology.stage == 0 and topology.tp_rank == 0
-    answers = gather_lists([(topology.dp_rank, results if speaks else None, told, is_refusal)], topology)
-    for _, _, reason, refused in answers:
-        if reason is not None:
-            raise failure if failure is not None else InputError(reason) if refused else RuntimeError(reason)
-    parts = {replica: made for replica, made, _, _ in answers if made is not None}
+    own = results if topology.stage == 0 and topology.tp_rank == 0 else None
+    answers = gather_lists([(topology.dp_rank, own, RankFailure.of(failure, topology.rank))], topology)
+    for _, _, reported in answers:
+        if reported is not None:
+            raise reported.error() if failure is None else failure
+    parts = {replica: made for replica, made, _ in answers if made is not None}
     found = {
         place: made for replica, places in enumerate(shares) for place, made in zip(places, parts[replica], strict=True)
     }

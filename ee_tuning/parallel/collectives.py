@@ -1,7 +1,7 @@
 """Collectives of Python objects over all ranks: a result or failure of rank 0 for every rank, and gathered lists."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -11,29 +11,43 @@ from ee_tuning.parallel.topology import Topology
 Result = TypeVar("Result")
 
 
+class RankFailure(NamedTuple):
+    """The failure of one rank, as a message to the others: its InputError, or the rank and its exception."""
+
+    message: str
+    is_refusal: bool
+
+    @classmethod
+    def of(cls, failure: Exception | None, rank: int) -> "RankFailure | None":
+        """Describes what failed on `rank`; None for no failure."""
+        if failure is None:
+            return None
+        if isinstance(failure, InputError):
+            return cls(str(failure), True)
+        return cls(f"rank {rank} failed: {type(failure).__name__}: {failure}", False)
+
+    def error(self) -> Exception:
+        """Returns the exception that other ranks raise."""
+        return InputError(self.message) if self.is_refusal else RuntimeError(self.message)
+
+
 def on_first_rank(topology: Topology | None, action: Callable[[], Result]) -> Result:
     """Runs `action` on rank 0 and returns its result on every rank.
 
-    If `action` fails, all ranks raise, as in `run_with_heartbeat`: its InputError, or else its own exception on rank 0
-    and a RuntimeError on the others. Without a topology the world has one rank.
+    If `action` fails, all ranks raise: its InputError, or else its own exception on rank 0 and a RuntimeError on the
+    others. Without a topology the world has one rank.
     """
     if topology is None:
         return action()
-    result, failure = None, None
+    result, own = None, None
     if topology.rank == 0:
         try:
             result = action()
         except Exception as error:  # any exception: the other ranks wait for an answer
-            failure = error
-    refusal = str(failure) if isinstance(failure, InputError) else None
-    crash = None if failure is None or refusal is not None else f"rank 0 failed: {type(failure).__name__}: {failure}"
-    result, refusal, crash = topology.broadcast_object((result, refusal, crash))
+            own = error
+    result, failure = topology.broadcast_object((result, RankFailure.of(own, 0)))
     if failure is not None:
-        raise failure
-    if refusal is not None:
-        raise InputError(refusal)
-    if crash is not None:
-        raise RuntimeError(crash)
+        raise failure.error() if own is None else own
     return result
 
 

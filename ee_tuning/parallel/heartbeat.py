@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 import torch.distributed as dist
 
 from ee_tuning.errors import InputError
+from ee_tuning.parallel.collectives import RankFailure
 from ee_tuning.parallel.topology import Topology
 
 _HEARTBEAT_SECONDS = 20.0
@@ -30,23 +31,14 @@ def run_with_heartbeat(steps: Iterator[None], topology: Topology) -> None:
                 is_done, failure = True, error
             if time.monotonic() >= until:
                 break
-        answers: list[tuple[bool, str | None, str | None]] = [(False, None, None)] * topology.world_size
-        is_refusal = isinstance(failure, InputError)
-        failure_text = (
-            None if failure is None else str(failure) if is_refusal else f"{type(failure).__name__}: {failure}"
-        )
-        dist.all_gather_object(
-            answers,
-            (is_done, failure_text if is_refusal else None, None if is_refusal else failure_text),
-            group=topology.world_control,
-        )
-        refusals = [text for _, text, _ in answers if text is not None]
-        crashes = [f"rank {rank} failed: {text}" for rank, (_, _, text) in enumerate(answers) if text is not None]
-        if (refusals or crashes) and isinstance(steps, Generator):
-            steps.close()  # removes partial outputs
-        if crashes:
-            raise failure if failure is not None and not is_refusal else RuntimeError(crashes[0])
-        if refusals:
-            raise InputError(refusals[0])
-        if all(done for done, _, _ in answers):
+        answers: list[tuple[bool, RankFailure | None]] = [(False, None)] * topology.world_size
+        dist.all_gather_object(answers, (is_done, RankFailure.of(failure, topology.rank)), group=topology.world_control)
+        if failures := [each for _, each in answers if each is not None]:
+            if isinstance(steps, Generator):
+                steps.close()  # removes partial outputs
+            crash = next((each for each in failures if not each.is_refusal), None)
+            if crash is not None and failure is not None and not isinstance(failure, InputError):
+                raise failure
+            raise (crash or failures[0]).error()
+        if all(done for done, _ in answers):
             return

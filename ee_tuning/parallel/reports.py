@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 import torch.distributed as dist
 
-from ee_tuning.errors import InputError
+from ee_tuning.parallel.collectives import RankFailure
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 
@@ -86,22 +86,21 @@ class Reports(Generic[Item]):
         with self._lock:
             items, self._items = self._items, []
             failure, is_over = self._own_failure, self._is_over
-        text = None if failure is None else failure_of_rank(failure, self._topology.rank)
-        answers: list[tuple[list[Item], bool, str | None, bool]] = [
-            ([], False, None, False)
-        ] * self._topology.world_size
+        answers: list[tuple[list[Item], bool, RankFailure | None]] = [([], False, None)] * self._topology.world_size
         with hang_watchdog(self._topology, "the reports of the other ranks"):
             dist.all_gather_object(
-                answers, (items, is_over, text, isinstance(failure, InputError)), group=self._topology.save_control
+                answers,
+                (items, is_over, RankFailure.of(failure, self._topology.rank)),
+                group=self._topology.save_control,
             )
-        for _, _, reason, is_refusal in answers:
-            if reason is not None:
-                self._failure = failure or (InputError(reason) if is_refusal else RuntimeError(reason))
+        for _, _, reported in answers:
+            if reported is not None:
+                self._failure = failure or reported.error()
                 return False
         if self._topology.rank == 0:
-            self._take_all([item for part, _, _, _ in answers for item in part])
+            self._take_all([item for part, _, _ in answers for item in part])
         # Rank 0 may have failed to take the last items, and reports that in one more meeting.
-        return not all(over for _, over, _, _ in answers) or any(part for part, _, _, _ in answers)
+        return not all(over for _, over, _ in answers) or any(part for part, _, _ in answers)
 
     def _take_all(self, items: list[Item]) -> None:
         with self._lock:
@@ -110,10 +109,3 @@ class Reports(Generic[Item]):
                     self._take(item)
             except Exception as error:
                 self._own_failure = error
-
-
-def failure_of_rank(failure: Exception, rank: int) -> str:
-    """Returns the message of a failure for other ranks: that of an InputError, or the rank and the exception."""
-    if isinstance(failure, InputError):
-        return str(failure)
-    return f"rank {rank} failed: {type(failure).__name__}: {failure}"

@@ -18,6 +18,7 @@ from ee_tuning.generation.job import Job
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.replicas import over_replicas
 from ee_tuning.generation.scoring import Score, TokenPair, score_by, token_pairs
+from ee_tuning.parallel.collectives import RankFailure
 from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.sampling.policy import Policy
 
@@ -28,8 +29,7 @@ Result = TypeVar("Result")
 class _End:
     """The last message."""
 
-    refusal: str | None = None
-    crash: str | None = None
+    failure: RankFailure | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +97,8 @@ def drive(llm: EarlyExitLLM, program: Callable[[Driver], Result]) -> Result | No
     end = _End()
     try:
         return program(Driver(llm, is_alone=False))
-    except InputError as error:
-        end = _End(refusal=str(error))
-        raise
     except Exception as error:
-        end = _End(crash=f"rank 0 failed: {type(error).__name__}: {error}")
+        end = _End(RankFailure.of(error, 0))
         raise
     finally:
         topology.broadcast_object(end)
@@ -117,10 +114,8 @@ def _work(llm: EarlyExitLLM) -> None:
         action, arguments = message
         with suppress(InputError):  # rank 0 gets the same error and decides whether to end
             action(llm, *arguments)
-    if message.refusal is not None:
-        raise InputError(message.refusal)
-    if message.crash is not None:
-        raise RuntimeError(message.crash)
+    if message.failure is not None:
+        raise message.failure.error()
 
 
 def _key(pair: TokenPair) -> bytes:
