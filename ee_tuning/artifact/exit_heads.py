@@ -47,7 +47,7 @@ class ExitHeadsReader(SafetensorsFolder):
     def __init__(self, folder: Path, topology: Topology | None = None, *, verifies: bool = True):
         check_is_artifact(folder)
         if verifies:
-            check_integrity(folder, topology)
+            check_manifest(folder, _REMEDY, topology)
         self.config = read_exit_config(folder)
         super().__init__(folder, STEM)
         self.digest: str | None = None
@@ -192,13 +192,6 @@ def check_is_artifact(folder: Path) -> None:
         raise InputError(
             f"an exit-heads artifact must hold {CONFIG}, and {folder} does not; make one with `ee-tuning convert`"
         )
-
-
-def check_integrity(folder: Path, topology: Topology | None = None) -> None:
-    """Raises InputError where a file of the artifact differs from its manifest. All ranks share the work and raise
-    together.
-    """
-    check_manifest(folder, _REMEDY, topology)
 
 
 def _write_description(partial: Path, exits: ExitHeadsConfig) -> None:

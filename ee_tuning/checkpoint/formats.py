@@ -29,7 +29,7 @@ from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.links import dangling_link
 from ee_tuning.storage.manifest import MANIFEST, ManifestCheck, holds_manifest, read_manifest
-from ee_tuning.storage.mapped_file import map_file
+from ee_tuning.storage.mapped_file import MappedFile
 from ee_tuning.storage.metadata_pickle import METADATA
 from ee_tuning.storage.missing_weights import refuse_file
 from ee_tuning.storage.safetensors_reader import TensorSource
@@ -150,7 +150,7 @@ def _distributed(folder: Path, shape: Path | None, *, is_trusted: bool) -> OpenM
     """Opens a distributed checkpoint. Its arguments are in common.pt or among its tensors."""
     common = folder / COMMON
     if common.is_file():
-        saved = saved_arguments(Archive(common, map_file(common), is_trusted=is_trusted).content)
+        saved = saved_arguments(Archive(common, MappedFile(common), is_trusted=is_trusted).content)
         checkpoint = DistributedCheckpoint(folder)
     else:
         checkpoint = DistributedCheckpoint(folder)

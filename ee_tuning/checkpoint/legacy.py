@@ -19,7 +19,7 @@ from ee_tuning.checkpoint.names import backbone_parameter_names
 from ee_tuning.errors import InputError
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.links import check_links
-from ee_tuning.storage.mapped_file import map_file
+from ee_tuning.storage.mapped_file import MappedFile
 from ee_tuning.storage.tensor_slice import TensorShape
 from ee_tuning.storage.torch_file import Archive, StoredTensor, saved_arguments
 
@@ -91,7 +91,7 @@ class LegacyCheckpoint:
                 f"{self.folder} must hold every tensor-parallel rank of every stage, and rank {rank} of stage {stage} is "
                 "missing; fetch the whole folder"
             )
-        content = Archive(path, map_file(path), is_trusted=is_trusted).content
+        content = Archive(path, MappedFile(path), is_trusted=is_trusted).content
         names = ["model"]
         if isinstance(content, dict) and "model0" in content:
             names = [

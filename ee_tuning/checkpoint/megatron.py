@@ -26,7 +26,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.notices import warn_once
 from ee_tuning.storage.links import check_links
-from ee_tuning.storage.mapped_file import MappedFile, map_file
+from ee_tuning.storage.mapped_file import MappedFile
 from ee_tuning.storage.metadata_pickle import METADATA, read_metadata_pickle
 from ee_tuning.storage.tensor_slice import TensorShape
 from ee_tuning.storage.torch_file import Archive, StoredTensor, saved_arguments
@@ -149,7 +149,7 @@ class DistributedCheckpoint:
             if Path(file).name != file or file in ("", ".."):
                 raise InputError(f"{self.folder / METADATA}: {key} must be in a file of this very folder, got {file!r}")
             check_links(self.folder, self.folder / file)
-            self._files[file] = map_file(self.folder / file)
+            self._files[file] = MappedFile(self.folder / file)
         return self._files[file]
 
     def _item(self, key: str, chunk: _ChunkOnDisk) -> StoredTensor:

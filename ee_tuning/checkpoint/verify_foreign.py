@@ -18,7 +18,7 @@ from ee_tuning.checkpoint.megatron import DistributedCheckpoint
 from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
-from ee_tuning.storage.mapped_file import map_file
+from ee_tuning.storage.mapped_file import MappedFile
 from ee_tuning.storage.metadata_pickle import METADATA
 from ee_tuning.storage.non_finite import NonFiniteCheck
 from ee_tuning.storage.safetensors_reader import SafetensorsFolder
@@ -61,7 +61,7 @@ def _check_descriptions(folder: Path, trust_pickle: bool) -> None:
     except ValueError as error:
         raise InputError(f"{folder / 'config.json'} is not JSON: {error}") from error
     if (common := folder / COMMON).is_file():
-        saved_arguments(Archive(common, map_file(common), is_trusted=trust_pickle).content)
+        saved_arguments(Archive(common, MappedFile(common), is_trusted=trust_pickle).content)
 
 
 def _huggingface(folder: Path, watch: NonFiniteCheck) -> list[str]:

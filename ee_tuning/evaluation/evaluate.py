@@ -100,7 +100,6 @@ def evaluate(
     assert points and points[0].kind == "full"
     procedure, known = procedure or Procedure(), known or {}
     runner = BlockRunner(llm, points, procedure, on_prompts, against)
-    whole = against or llm
     asked = {task.name: runner.jobs_of(task) for task in tasks}
     readings = [reading for part in known.values() for reading in part]
     is_warm = False
@@ -114,12 +113,10 @@ def evaluate(
         readings += found
         on_block(block, found)
     results = [
-        task_result(
-            task, points, [each for each in readings if each.task == task.name], whole.num_layers, seed=procedure.seed
-        )
+        task_result(task, points, [each for each in readings if each.task == task.name], seed=procedure.seed)
         for task in tasks
     ]
-    return Evaluation(num_layers=whole.num_layers, tasks=results, readings=readings)
+    return Evaluation(num_layers=(against or llm).num_layers, tasks=results, readings=readings)
 
 
 def blocks_of(tasks: Sequence[Task], size: int) -> list[Block]:
@@ -207,7 +204,9 @@ class BlockRunner:
         found = over_replicas(block.items, measure_share, topology)
         size = topology.dp * self.procedure.batch_size
         groups = [f"{block.number}.{place % topology.dp}.{place // size}" for place in range(block.size)]
-        return [reading.in_group(group) for group, readings in zip(groups, found, strict=True) for reading in readings]
+        return [
+            dataclasses.replace(each, group=group) for group, own in zip(groups, found, strict=True) for each in own
+        ]
 
     def _measure_group(
         self, block: Block, jobs: Sequence[Job], places: Sequence[int], score: Score

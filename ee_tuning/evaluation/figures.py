@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ee_tuning.evaluation.bootstrap import DRAWS, Estimate, Floats, Resampled
+from ee_tuning.evaluation.bootstrap import Estimate, Floats, Resampled
 from ee_tuning.evaluation.points import Point, PointKind
 from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.evaluation.task import Metric, Task
@@ -75,9 +75,7 @@ def task_result(
     task: Task,
     points: Sequence[Point],
     readings: Sequence[ItemResult],
-    num_layers: int,
     *,
-    draws: int = DRAWS,
     seed: int = 0,
 ) -> TaskResult:
     """Computes the figures of one task from its results under `points`, full depth first."""
@@ -98,15 +96,15 @@ def task_result(
             **{f"{name}/score {key}": [each.scores[key] for each in found] for key in found[0].scores},
             **{f"{name}/left {layer}": [each.exits.get(layer, 0) for each in found] for layer in layers},
         }
-    prompts = Resampled(columns, draws=draws, seed=seed)
-    times = _times(by_point, draws, seed)
+    prompts = Resampled(columns, seed=seed)
+    times = _times(by_point, seed)
     results = [
         _point_result(task, point, by_point[point.name], layers, points[0].name, prompts, times) for point in points
     ]
     return TaskResult(name=task.name, metric=task.metric, num_prompts=len(task.items), points=results)
 
 
-def _times(by_point: Mapping[str, list[ItemResult]], draws: int, seed: int) -> Resampled | None:
+def _times(by_point: Mapping[str, list[ItemResult]], seed: int) -> Resampled | None:
     """Returns tokens and seconds by group, since prompts that were timed together must be drawn together."""
     columns: dict[str, list[float]] = {}
     for name, found in by_point.items():
@@ -121,7 +119,7 @@ def _times(by_point: Mapping[str, list[ItemResult]], draws: int, seed: int) -> R
             f"{name}/tokens": [tokens[group] for group in groups],
             f"{name}/seconds": [seconds[group] for group in groups],
         }
-    return Resampled(columns, draws=draws, seed=seed)
+    return Resampled(columns, seed=seed)
 
 
 def _point_result(

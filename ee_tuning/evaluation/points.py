@@ -71,17 +71,7 @@ class PolicySweep:
         before: Mapping[str, Any] | None = None,
     ) -> list[Point]:
         """See `points_of`."""
-        return points_of(
-            llm,
-            thresholds=self.thresholds,
-            measure=measure,
-            fixed=self.fixed,
-            budgets=self.budgets,
-            speculative=self.speculative,
-            calibrations=self.calibrations,
-            own_name=own_name,
-            before=before,
-        )
+        return points_of(llm, measure=measure, own_name=own_name, before=before, **vars(self))
 
 
 def points_of(

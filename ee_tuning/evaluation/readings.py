@@ -1,6 +1,6 @@
 """Results by prompt and policy, which are stored while the evaluation runs. All figures are computed from them."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ee_tuning.errors import InputError
@@ -34,10 +34,6 @@ class ItemResult:
     def num_tokens(self) -> int:
         """Number of new tokens of a completion, or of tokens of the given texts."""
         return sum(self.exits.values())
-
-    def in_group(self, group: str) -> "ItemResult":
-        """Returns this result, timed in `group`."""
-        return replace(self, group=group)
 
     def tree(self) -> dict[str, Any]:
         """Returns plain data for JSON."""

@@ -16,8 +16,9 @@ from ee_tuning.errors import InputError
 from ee_tuning.export.draft_card import draft_card, pruned_card
 from ee_tuning.export.export_source import check_target, open_for_export
 from ee_tuning.export.folded_output import PlainExitTensors
+from ee_tuning.export.folder_writer import MARKS
 from ee_tuning.export.plain_exit import plain_exit
-from ee_tuning.export.plain_folder import MARKS, plain_description, write_plain_folder
+from ee_tuning.export.plain_folder import plain_description, write_plain_folder
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology

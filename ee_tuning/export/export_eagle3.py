@@ -14,6 +14,7 @@ from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.config import Config
 from ee_tuning.export.eagle3_layout import D2T, T2D, Layout, published_config, published_name
 from ee_tuning.export.export_source import ExportSource, check_target, open_for_export
+from ee_tuning.export.folder_writer import MARKS
 from ee_tuning.json_file import to_json
 from ee_tuning.storage.atomic_write import atomic_folder, check_room, os_errors_as_input_errors
 from ee_tuning.storage.hashed_file import HashedFile
@@ -22,8 +23,6 @@ from ee_tuning.storage.safetensors_layout import SafetensorsLayout
 from ee_tuning.storage.tensor_blocks import tensor_blocks
 from ee_tuning.storage.tensor_slice import TensorShape
 
-_MARKS = ("config.json", "model*.safetensors*")
-"""File patterns that identify an export of this format."""
 DEFAULT_STEPS = 3
 """Number of tokens for engines to draft, where the head was not tuned here."""
 
@@ -33,7 +32,7 @@ def export_eagle3(config: Config, output: Path, layout: Layout, *, overwrite: bo
 
     Raises InputError where they do not belong together, or `output` can not be written; nothing is left behind then.
     """
-    check_target(config, output, overwrite, _MARKS)
+    check_target(config, output, overwrite, MARKS)
     with open_for_export(config, None) as model:
         assert model.artifact is not None and model.artifact.config.draft is not None
         tensors, described = (

@@ -19,7 +19,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.export.companions import MODELLING, companions
 from ee_tuning.export.exits_packed import exit_files
 from ee_tuning.export.export_source import ExportSource, check_target, open_for_export
-from ee_tuning.export.folder_writer import copy_files, write_folder
+from ee_tuning.export.folder_writer import MARKS, copy_files, write_folder
 from ee_tuning.json_file import to_json
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.model_config.huggingface_config import HUGGINGFACE_CLASSES
@@ -40,8 +40,6 @@ _COPIED_KEYS = (
     "model_fingerprint",
 )
 """Keys of exit_config.json that config.json repeats under `early_exit`."""
-_MARKS = ("config.json", "model*.safetensors*")
-"""File patterns that identify an export of this format."""
 
 
 def export_huggingface(
@@ -61,7 +59,7 @@ def export_huggingface(
     model and exits do not belong together or `output` can not be written; nothing is left behind then.
     """
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
-    on_first_rank(topology, lambda: check_target(config, output, overwrite, _MARKS))
+    on_first_rank(topology, lambda: check_target(config, output, overwrite, MARKS))
     with open_for_export(config, topology) as model:
         if links and model.files is None:
             raise InputError(

@@ -14,6 +14,9 @@ from ee_tuning.storage.hashed_file import HashedFile
 from ee_tuning.storage.non_finite import NonFiniteCheck, warn_non_finite
 from ee_tuning.storage.shared_folder import write_shared_folder
 
+MARKS = ("config.json", "model*.safetensors*")
+"""File patterns that identify an export as a Hugging Face folder."""
+
 
 def write_folder(
     model: ExportSource,

@@ -16,7 +16,6 @@ from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.export.eagle3_layout import D2T, EMBEDDING, OUTPUT, T2D, artifact_part, read_published_config
 from ee_tuning.json_file import read_json
-from ee_tuning.model.draft_spec import DraftSpec
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.safetensors_reader import SafetensorsFolder
 from ee_tuning.storage.tensor_blocks import tensor_blocks
@@ -33,7 +32,7 @@ def import_eagle3(config: Config, folder: Path, output: Path, *, overwrite: bool
         reader.check_complete(model)
         draft = read_published_config(_read(folder / "config.json"), folder / "config.json", model)
         with SafetensorsFolder(folder, "model") as head:
-            published = _Published(head, draft, model)
+            published = _Published(head, model)
             published.check_embedding(reader)
             exits = ExitHeadsConfig(
                 exit_layers=(model.num_layers,),
@@ -57,7 +56,7 @@ def import_eagle3(config: Config, folder: Path, output: Path, *, overwrite: bool
 class _Published:
     """The tensors of a published head, by the artifact's names."""
 
-    def __init__(self, head: SafetensorsFolder, draft: DraftSpec, model: ModelConfig) -> None:
+    def __init__(self, head: SafetensorsFolder, model: ModelConfig) -> None:
         self._head, self._model = head, model
         self._names = {artifact_part(name): name for name in head.names() if name not in (D2T, T2D, EMBEDDING)}
         self.has_output = OUTPUT in head.names()

@@ -14,9 +14,6 @@ from ee_tuning.model_config.huggingface_config import HUGGINGFACE_CLASSES
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.safetensors_reader import TensorSource
 
-MARKS = ("config.json", "model*.safetensors*")
-"""File patterns that identify such a folder."""
-
 
 def write_plain_folder(
     model: ExportSource,

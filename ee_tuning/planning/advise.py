@@ -68,8 +68,6 @@ class Sizes:
     """Parameters of each layer."""
     output: int
     """Parameters of the output matrix."""
-    layer_added: int
-    """Parameters of an exit's own layer, built like the last one, with all experts."""
 
     @property
     def whole(self) -> int:
@@ -95,13 +93,10 @@ def read_sizes(model: ModelConfig) -> Sizes:
     """Returns the parameters that are read per token; of experts, those that the token is routed to."""
     shapes, layers = backbone_tensor_shapes(model), [0.0] * model.num_layers
     routed = model.moe_router_topk / model.num_experts if model.num_experts else 1.0
-    whole = 0
     for tensor, (_, layer) in tensor_parts(model).items():
         if layer is not None:
-            count = math.prod(shapes[tensor])
-            layers[layer - 1] += count * (routed if ".experts." in tensor else 1)
-            whole += count if layer == model.num_layers else 0
-    return Sizes(tuple(round(each) for each in layers), model.vocab_size * model.hidden_size, whole)
+            layers[layer - 1] += math.prod(shapes[tensor]) * (routed if ".experts." in tensor else 1)
+    return Sizes(tuple(round(each) for each in layers), model.vocab_size * model.hidden_size)
 
 
 def speed_up_by_drafts(right: float, step: float) -> float:
@@ -122,7 +117,7 @@ def gpu_hours(operations: float, tokens: float, tflops: float, efficiency: float
     return operations * tokens / (efficiency * tflops * 1e12) / 3600
 
 
-def _spec(model: ModelConfig, layer: int, architecture: Architecture, output: str) -> ExitSpec:
+def _spec(layer: int, architecture: Architecture, output: str) -> ExitSpec:
     return ExitSpec(
         layer=layer,
         architecture=architecture,
@@ -137,7 +132,7 @@ def _num_parameters(heads: Iterable[ExitSpec], model: ModelConfig) -> int:
 
 def _threshold(model: ModelConfig, sizes: Sizes, name: str, output: str) -> Way:
     layers = sorted({max(1, round(model.num_layers * part / 4)) for part in (2, 3)})
-    heads = [_spec(model, layer, "norm", output) for layer in layers]
+    heads = [_spec(layer, "norm", output) for layer in layers]
     asked = heads[0].output_rows(model.vocab_size) * model.hidden_size
     until = [(sum(sizes.layers[:layer]) + (index + 1) * asked) / sizes.whole for index, layer in enumerate(layers)]
     step, trained = len(layers) * asked / sizes.whole, _num_parameters(heads, model)
@@ -166,7 +161,7 @@ def _draft_layer(model: ModelConfig) -> int:
 
 def _own_drafts(model: ModelConfig, sizes: Sizes, name: str) -> Way:
     layer = _draft_layer(model)
-    head = _spec(model, layer, "layer", "untied")
+    head = _spec(layer, "layer", "untied")
     trained = _num_parameters((head,), model)
     step = (sum(sizes.layers[:layer]) + sizes.layers[-1] + sizes.output) / sizes.whole
     return Way(
@@ -186,7 +181,7 @@ def _own_drafts(model: ModelConfig, sizes: Sizes, name: str) -> Way:
 
 def _draft_model(model: ModelConfig, sizes: Sizes, name: str) -> Way:
     own, layer = _own_drafts(model, sizes, name), _draft_layer(model)
-    plain = plain_exit(_spec(model, layer, "layer", "untied"), model)
+    plain = plain_exit(_spec(layer, "layer", "untied"), model)
     speculative = '{"method": "draft_model", "model": "draft", "num_speculative_tokens": 4}'
     return Way(
         name=f"draft model, the same exit as {plain.config.num_layers} plain layers",

@@ -158,7 +158,7 @@ def make_plan(config: Config, cluster: Cluster) -> TuningPlan:
     _check_batch(config, world)
     profiles, fit = profile_ranks(config, world), profile_fit(config, world)
     dp = world // (tp * pp)
-    slowest = max(_micro_batch(each, cluster, tp, dp, trains=True) for each in profiles)
+    slowest = max(_micro_batch(each, cluster, tp, trains=True) for each in profiles)
     stages = tuple(_figures(each, cluster, tp, dp, slowest) for each in profiles)
     count = tuning.global_batch_size // (tuning.micro_batch_size * dp)
     fills = pp - 1  # micro-batches while the pipeline fills and drains: once a step where gradients come back
@@ -217,7 +217,7 @@ def _room(gpu: Gpu) -> float:
 
 
 def _figures(each: RankProfile, cluster: Cluster, tp: int, dp: int, slowest: float) -> StageFigures:
-    own, total = _micro_batch(each, cluster, tp, dp, trains=True), sum(each.memory.values())
+    own, total = _micro_batch(each, cluster, tp, trains=True), sum(each.memory.values())
     replicas = (dp - 1) / dp * each.dp_bytes / cluster.bandwidth(tp * dp)
     assert set(each.memory) == set(MEMORY)
     return StageFigures(
@@ -228,7 +228,7 @@ def _figures(each: RankProfile, cluster: Cluster, tp: int, dp: int, slowest: flo
         total_bytes=total,
         fits=total <= _room(cluster.gpu),
         micro_batch=own,
-        validation=_micro_batch(each, cluster, tp, dp, trains=False),
+        validation=_micro_batch(each, cluster, tp, trains=False),
         message_share=_tensor_messages(each, cluster, tp) / own,
         update=2 * each.memory["optimizer"] / (cluster.gpu.bandwidth * 1e9) + replicas,
         idle_share=1 - own / slowest,
@@ -241,7 +241,7 @@ def _fit_seconds(fit: list[FitProfile], cluster: Cluster) -> float:
     )
 
 
-def _micro_batch(each: RankProfile, cluster: Cluster, tp: int, dp: int, *, trains: bool) -> float:
+def _micro_batch(each: RankProfile, cluster: Cluster, tp: int, *, trains: bool) -> float:
     flops = each.layer_flops + (each.head_flops if trains else each.validation_flops)
     computing = flops / (cluster.efficiency * cluster.gpu.tflops * 1e12)
     return max(computing + _tensor_messages(each, cluster, tp), each.pp_bytes / cluster.bandwidth(cluster.world_size))

@@ -12,7 +12,7 @@ from ee_tuning.checkpoint.model_size import parameters_by_part
 from ee_tuning.config import Config, ParallelSection
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.layer_stream import SAMPLE_LENGTH, LayerStream
-from ee_tuning.export import megatron_writer, plain_folder
+from ee_tuning.export import folder_writer, megatron_writer, plain_folder
 from ee_tuning.export.export_source import ExportSource, check_target, open_for_export
 from ee_tuning.export.tokenizer_files import special_tokens, with_tokenizer_files
 from ee_tuning.json_file import to_json
@@ -37,7 +37,7 @@ from ee_tuning.storage.atomic_write import check_file
 from ee_tuning.storage.owner import owned
 
 NUM_SAMPLES = 64
-MARKS = {"hf": plain_folder.MARKS, "megatron": megatron_writer.MARKS}
+MARKS = {"hf": folder_writer.MARKS, "megatron": megatron_writer.MARKS}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,10 @@ from ee_tuning.storage.open_files import OpenMapping, Reopened
 
 
 class MappedFile:
-    """The bytes of a file, mapped on request. A mapping stays alive while memory from it is used."""
+    """The bytes of a file, mapped on request. A mapping stays alive while memory from it is used.
+
+    Raises InputError where the file can not be opened or is empty.
+    """
 
     def __init__(self, path: Path):
         self._file: Reopened[OpenMapping] = Reopened(path, OpenMapping)
@@ -26,8 +29,3 @@ class MappedFile:
     def read_at(self, offset: int, into: memoryview) -> None:
         """Fills `into` with the bytes from `offset` on. Raises OSError, or EOFError where the file ends earlier."""
         self._file.now().read_at(offset, into)
-
-
-def map_file(path: Path) -> MappedFile:
-    """Opens a file for mapping. Raises InputError where it can not be opened or is empty."""
-    return MappedFile(path)

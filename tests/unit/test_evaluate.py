@@ -185,7 +185,7 @@ def test_figures_of_readings():
         reading(0, "threshold 0.5", 1, {2: 6, 8: 4}, 1.0),
         reading(1, "threshold 0.5", 0, {2: 10}, 1.0),
     ]
-    full, early = task_result(task, points, readings, 8).points
+    full, early = task_result(task, points, readings).points
     assert full.speedup is not None and (full.speedup.value, full.metric.value, full.relative.value) == (1, 1, 1)
     assert early.speedup is not None and early.time_saved is not None
     assert (early.metric.value, early.relative.value, early.speedup.value, early.time_saved.value) == (
@@ -212,7 +212,7 @@ def test_perplexity_is_that_of_all_tokens():
         reading(0, "full depth", 0.0, {8: 1}, 1.0, metric="perplexity", weight=1),
         reading(1, "full depth", 9.0, {8: 3}, 1.0, metric="perplexity", weight=3),
     ]
-    assert task_result(task, [FULL_DEPTH], readings, 8).full_depth.metric.value == pytest.approx(2.718281828 ** (9 / 4))
+    assert task_result(task, [FULL_DEPTH], readings).full_depth.metric.value == pytest.approx(2.718281828 ** (9 / 4))
 
 
 def test_blocks_hold_prompts_of_one_task():

@@ -28,7 +28,7 @@ from ee_tuning.model_config.config import model_config_from_hf, read_model_confi
 from ee_tuning.model_config.huggingface_config import huggingface_config
 from ee_tuning.model_config.megatron_args import model_config_from_megatron
 from ee_tuning.storage import distcp_writer
-from ee_tuning.storage.mapped_file import map_file
+from ee_tuning.storage.mapped_file import MappedFile
 from ee_tuning.storage.torch_file import Archive
 
 pytestmark = pytest.mark.slow
@@ -127,7 +127,7 @@ def test_a_hostile_tensor_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Each tensor of a distributed checkpoint is a pickle of its own."""
     monkeypatch.chdir(tmp_path)
     torch.save(Hostile(), tmp_path / "__0_0.distcp")
-    message = refusal(lambda: Archive(tmp_path / "__0_0.distcp", map_file(tmp_path / "__0_0.distcp")))
+    message = refusal(lambda: Archive(tmp_path / "__0_0.distcp", MappedFile(tmp_path / "__0_0.distcp")))
     assert "__0_0.distcp" in message and not (tmp_path / "hostile").exists()
 
 

@@ -15,7 +15,7 @@ from megatron.core import safe_globals
 from megatron_arguments import other_arguments
 
 from ee_tuning.errors import InputError
-from ee_tuning.storage.mapped_file import map_file
+from ee_tuning.storage.mapped_file import MappedFile
 from ee_tuning.storage.metadata_pickle import check_metadata_pickle, read_metadata_pickle
 from ee_tuning.storage.pickled_names import Inert, harmless, plain_name
 from ee_tuning.storage.torch_file import Archive, StoredTensor
@@ -23,7 +23,7 @@ from ee_tuning.storage.torch_file import Archive, StoredTensor
 
 def content(folder: Path, what: Any) -> Any:
     torch.save(what, folder / "file.pt")
-    return Archive(folder / "file.pt", map_file(folder / "file.pt")).content
+    return Archive(folder / "file.pt", MappedFile(folder / "file.pt")).content
 
 
 def test_all_that_megatron_holds_for_safe_is_read(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_nothing_is_imported_for_a_class_that_is_passed_over(tmp_path: Path) -> 
     )
     with zipfile.ZipFile(tmp_path / "file.pt", "w") as archive:
         archive.write(tmp_path / "data.pkl", "archive/data.pkl")
-    assert isinstance(Archive(tmp_path / "file.pt", map_file(tmp_path / "file.pt")).content, Inert)
+    assert isinstance(Archive(tmp_path / "file.pt", MappedFile(tmp_path / "file.pt")).content, Inert)
     assert "megatron.training" not in sys.modules
 
 

@@ -20,7 +20,7 @@ from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import parse_json
 from ee_tuning.storage.manifest import holds_manifest, read_manifest
-from ee_tuning.storage.mapped_file import map_file
+from ee_tuning.storage.mapped_file import MappedFile
 from ee_tuning.storage.metadata_pickle import read_metadata_pickle
 from ee_tuning.storage.torch_file import Archive
 
@@ -56,7 +56,7 @@ def test_a_pipe_is_not_waited_for(stock: Path, tmp_path: Path, name: str) -> Non
         assert holds_manifest(folder)
     os.mkfifo(tmp_path / "weights.pt")
     with pytest.raises(InputError, match="no plain file"):
-        map_file(tmp_path / "weights.pt")
+        MappedFile(tmp_path / "weights.pt")
 
 
 @pytest.mark.parametrize("file", [".metadata", "tensors.pt"])
@@ -70,7 +70,7 @@ def test_a_pickle_gets_no_memory_for_the_asking(tmp_path: Path, file: str) -> No
     else:
         with zipfile.ZipFile(tmp_path / file, "w") as archive:
             archive.writestr("archive/data.pkl", bomb)
-        assert Archive(tmp_path / file, map_file(tmp_path / file)).content is None
+        assert Archive(tmp_path / file, MappedFile(tmp_path / file)).content is None
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # in KB
 
 
