@@ -11,16 +11,13 @@ from torch import Tensor
 from ee_tuning.artifact.eagle3_card import eagle3_card
 from ee_tuning.artifact.exit_config import exit_config_tree
 from ee_tuning.artifact.exit_heads import ExitHeadsReader
+from ee_tuning.checkpoint.huggingface_files import backbone_files
 from ee_tuning.config import Config
 from ee_tuning.export.eagle3_layout import D2T, T2D, Layout, published_config, published_name
 from ee_tuning.export.export_source import ExportSource, check_target, open_for_export
-from ee_tuning.export.folder_writer import MARKS
+from ee_tuning.export.folder_writer import MARKS, write_folder
 from ee_tuning.json_file import to_json
-from ee_tuning.storage.atomic_write import atomic_folder, check_room, os_errors_as_input_errors
-from ee_tuning.storage.hashed_file import HashedFile
-from ee_tuning.storage.manifest import write_manifest
 from ee_tuning.storage.safetensors_layout import SafetensorsLayout
-from ee_tuning.storage.tensor_blocks import tensor_blocks
 from ee_tuning.storage.tensor_slice import TensorShape
 
 DEFAULT_STEPS = 3
@@ -35,29 +32,17 @@ def export_eagle3(config: Config, output: Path, layout: Layout, *, overwrite: bo
     check_target(config, output, overwrite, MARKS)
     with open_for_export(config, None) as model:
         assert model.artifact is not None and model.artifact.config.draft is not None
-        tensors, described = (
-            PublishedTensors(model.artifact, layout, model.model.vocab_size),
-            _config(config, model, layout),
-        )
+        tensors = PublishedTensors(model.artifact, layout, model.model.vocab_size)
+        described = _config(config, model, layout)
+        card = eagle3_card(model.name, exit_config_tree(model.artifact.config), layout, _num_steps(model))
         files = SafetensorsLayout("model", tensors.shapes, {name: tensors.dtype(name) for name in tensors.shapes})
-        with atomic_folder(output, None) as partial:
-            check_room(output, partial, files.num_bytes)
-            sums = {}
-            for file, names in files.files.items():
-                with HashedFile(partial / file) as made:
-                    made.write(files.headers[file])
-                    for name in names:
-                        for block in tensor_blocks(tensors, name):
-                            made.write(block.contiguous())
-                sums[file] = made.sha256
-            model.finish_check()
-            with os_errors_as_input_errors(output):
-                files.write_index(partial)
-                card = eagle3_card(model.name, exit_config_tree(model.artifact.config), layout, _num_steps(model))
-                (partial / "README.md").write_text(card, encoding="utf-8")
-                # Last, except for the manifest: an export killed before has no config.json, so nothing loads it.
-                (partial / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
-                write_manifest(partial, sums)
+
+        def complete(partial: Path) -> None:
+            files.write_index(partial)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            (partial / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
+
+        write_folder(model, backbone_files(tensors, files), output, None, complete)
 
 
 class PublishedTensors:
