@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ee_tuning.losses.loss import linear_cross_entropy
+from ee_tuning.losses.loss import linear_loss
 from ee_tuning.parallel.vocab import VocabShard
 
 MIB = 2**20
@@ -82,7 +82,7 @@ def _measure(name: str, vocab_size: int, options: argparse.Namespace) -> dict[st
         if name == "plain":
             losses = F.cross_entropy(F.linear(hidden, weight).flatten(0, 1).float(), labels.flatten(), reduction="none")
             return (losses * mask.flatten()).sum()
-        return linear_cross_entropy(hidden, weight, labels, mask, vocab=vocab, chunk_tokens=options.chunk_tokens)
+        return linear_loss(hidden, weight, labels, mask, vocab=vocab, chunk_tokens=options.chunk_tokens).loss
 
     _warm_up(hidden, weight, labels)
     gradients = hidden.numel() * dtype.itemsize + weight.numel() * (4 if name == "chunked" else dtype.itemsize)
@@ -101,14 +101,14 @@ def _warm_up(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
     few = 16
     small = weight[:few].detach().requires_grad_()
     F.cross_entropy(F.linear(hidden[:few, 0], small).float(), labels[:few, 0] % few).backward()
-    linear_cross_entropy(
+    linear_loss(
         hidden[:few],
         small,
         labels[:few] % few,
         torch.ones(few, 1),
         vocab=VocabShard(few, 0, few, None, 1),
         chunk_tokens=few,
-    ).backward()
+    ).loss.backward()
 
 
 def _peak_bytes() -> int:

@@ -32,7 +32,7 @@ from ee_tuning.config import Config, load_config
 from ee_tuning.data.loader import BatchSource
 from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokens import Splits
-from ee_tuning.losses.loss import linear_cross_entropy
+from ee_tuning.losses.loss import linear_loss
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitHead
 from ee_tuning.model.head_kinds import build_exit_head
@@ -218,7 +218,7 @@ class BareWork:
     def __init__(self, model: EarlyExitModel, samples: Splits, config: Config) -> None:
         source = BatchSource(samples.train, config.tuning, dp=1, dp_rank=0)
         self._model, self._batches = model, [next(source) for _ in range(source.num_microbatches)]
-        self._project = partial(linear_cross_entropy, vocab=model.vocab, chunk_tokens=config.tuning.loss_chunk_tokens)
+        self._project = partial(linear_loss, vocab=model.vocab, chunk_tokens=config.tuning.loss_chunk_tokens)
         self._heads = {spec.layer: _copy(model.exit_head(spec.layer), model) for spec in model.plan.own_exits}
 
     def do(self) -> tuple[float, float]:
@@ -229,7 +229,8 @@ class BareWork:
             _, inputs = self._model.run_layers(self._model.embed(batch.tokens))
             between = time.perf_counter()
             for layer, head in self._heads.items():
-                head(inputs[layer], partial(self._project, labels=batch.labels, loss_mask=batch.loss_mask)).backward()
+                project = partial(self._project, labels=batch.labels, loss_mask=batch.loss_mask)
+                head(inputs[layer], project).loss.backward()
             layers, heads = layers + between - began, heads + time.perf_counter() - between
         for head in self._heads.values():
             head.zero_grad()

@@ -74,13 +74,6 @@ def linear_loss(
     return ExitLoss(sums.loss, sums.statistics, sums.per_token["agreement"] if teacher is not None else None)
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, *, vocab: VocabShard, chunk_tokens: int
-) -> Tensor:  # scalar, nats
-    """Returns the loss of `linear_loss` for the cross-entropy alone."""
-    return linear_loss(hidden, weight, labels, loss_mask, vocab=vocab, chunk_tokens=chunk_tokens).loss
-
-
 @torch.no_grad()
 def token_losses(
     hidden: Tensor,  # [s, b, h]

@@ -15,18 +15,13 @@ _COLD = 1e-30
 """Temperature below which only the largest logits can be drawn: divided by it, different ones lie 10²⁰ apart."""
 
 
-def probabilities(
+def warped(
     scores: Tensor,  # [v] or [n, v]
     temperature: float,  # above 0
     top_k: int = 0,  # 0 for all
     top_p: float = 1.0,  # 1 for all
     min_p: float = 0.0,  # 0 for all
-) -> Tensor:  # as scores, float32 (float64 for float64); tokens left out have exactly 0
-    """Returns the distribution to sample from: the softmax of `warped`."""
-    return warped(scores, temperature, top_k, top_p, min_p).softmax(-1)
-
-
-def warped(scores: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+) -> Tensor:  # as scores, float32 (float64 for float64)
     """Returns scores / temperature, then the top_k largest (with those equal to the last), then the fewest likeliest
     that reach top_p together, then those at least min_p times as likely as the likeliest; the others are -inf. At least
     one is left. Order and ties are those of transformers' logits processors.

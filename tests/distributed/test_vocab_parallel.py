@@ -8,7 +8,7 @@ from torch import Tensor
 from world import World
 
 from ee_tuning.config import ParallelSection
-from ee_tuning.losses.loss import linear_cross_entropy, token_losses
+from ee_tuning.losses.loss import linear_loss, token_losses
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.parallel.vocab import VocabShard, gather_logits, log_sum_exp, top1
 
@@ -35,7 +35,7 @@ def loss_and_gradients(
     full = torch.cat((full, full.new_full((padded - shard.size, H), 50.0)))
     weight = full[shard.first : shard.first + shard.rows].clone().requires_grad_(trains_weight)
     labels, mask = torch.randint(shard.size, (S, B), generator=draw), torch.rand(S, B, generator=draw)
-    loss = linear_cross_entropy(hidden, weight, labels, mask, vocab=shard, chunk_tokens=4)
+    loss = linear_loss(hidden, weight, labels, mask, vocab=shard, chunk_tokens=4).loss
     (loss * 0.5).backward()
     each = token_losses(hidden, weight, labels, vocab=shard, chunk_tokens=4)
     return {

@@ -17,7 +17,7 @@ from ee_tuning.artifact.exit_names import exit_shard
 from ee_tuning.artifact.load import load_for_tuning
 from ee_tuning.checkpoint.names import merge_shards
 from ee_tuning.config import Architecture, ParallelSection, load_config
-from ee_tuning.losses.loss import linear_cross_entropy
+from ee_tuning.losses.loss import linear_loss
 from ee_tuning.parallel.topology import init_parallel
 
 TOKENS = [5, 17, 80, 3, 9, 77, 0, 41, 12, 60]
@@ -61,9 +61,9 @@ def test_losses_and_gradients_equal_autograd_through_transformers(tmp_path, fami
         head = model.exit_head(spec.layer)
 
         def project(hidden: Tensor, weight: Tensor) -> Tensor:
-            return linear_cross_entropy(
+            return linear_loss(
                 hidden, weight, labels[:, None], torch.ones(len(TOKENS), 1), vocab=model.vocab, chunk_tokens=4
-            )
+            ).loss
 
         got: Any = head(inputs[spec.layer], project)
         got.backward()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ee_tuning.losses.loss import linear_cross_entropy, token_losses
+from ee_tuning.losses.loss import linear_loss, token_losses
 from ee_tuning.parallel.vocab import VocabShard
 
 S, B, H, V = 7, 3, 16, 37
@@ -38,7 +38,7 @@ def _plain(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tens
 def test_loss_and_gradients_equal_the_materialized_ones(chunk_tokens: int) -> None:
     """A last chunk shorter than the others would read rows of the one before, left in the buffer."""
     inputs = _inputs()
-    loss = linear_cross_entropy(*inputs, vocab=_shard(V), chunk_tokens=chunk_tokens)
+    loss = linear_loss(*inputs, vocab=_shard(V), chunk_tokens=chunk_tokens).loss
     expected = _plain(*inputs)
     assert loss.dtype == torch.float64 and loss.shape == ()
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
@@ -54,7 +54,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_other_the_same(trains_hidden: b
     hidden, weight, labels, mask = _inputs()
     expected = torch.autograd.grad(_plain(hidden, weight, labels, mask), (hidden, weight))
     hidden.requires_grad_(trains_hidden), weight.requires_grad_(trains_weight)
-    linear_cross_entropy(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=4).backward()
+    linear_loss(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=4).loss.backward()
     for tensor, trains, gradient in ((hidden, trains_hidden, expected[0]), (weight, trains_weight, expected[1])):
         assert (tensor.grad is not None) == trains
         if trains:
@@ -65,7 +65,7 @@ def test_padded_rows_weigh_nothing_and_get_no_gradient() -> None:
     """A padded row that shares in the softmax would take probability from every true token."""
     hidden, weight, labels, mask = _inputs(rows=V + 5)
     weight.data[V:] = 1e3
-    loss = linear_cross_entropy(hidden, weight, labels, mask, vocab=_shard(V, V + 5), chunk_tokens=4)
+    loss = linear_loss(hidden, weight, labels, mask, vocab=_shard(V, V + 5), chunk_tokens=4).loss
     expected = _plain(hidden, weight, labels, mask)
     torch.testing.assert_close(loss, expected)
     ours, theirs = torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))
@@ -78,16 +78,16 @@ def test_masked_tokens_may_have_any_label_and_others_may_not() -> None:
     hidden, weight, labels, mask = _inputs()
     expected = torch.autograd.grad(_plain(hidden, weight, labels, mask), (hidden, weight))
     labels[mask == 0] = -100
-    loss = linear_cross_entropy(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=4)
+    loss = linear_loss(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=4).loss
     torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), expected)
     labels[mask.argmax() // B, mask.argmax() % B] = V
-    assert linear_cross_entropy(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=4).isnan()
+    assert linear_loss(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=4).loss.isnan()
 
 
 def test_large_logits_do_not_overflow() -> None:
     """exp of a logit that is not reduced by the largest is infinite from 89 on."""
     hidden, weight, labels, mask = _inputs(torch.float32)
-    loss = linear_cross_entropy(hidden * 100, weight, labels, mask, vocab=_shard(V), chunk_tokens=4)
+    loss = linear_loss(hidden * 100, weight, labels, mask, vocab=_shard(V), chunk_tokens=4).loss
     torch.testing.assert_close(loss, _plain(hidden * 100, weight, labels, mask))
 
 
@@ -96,7 +96,7 @@ def test_bf16_is_as_near_to_float64_as_the_plain_loss_in_bf16() -> None:
     hidden, weight, labels, mask = _inputs(torch.bfloat16)
     exact_inputs = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     exact = torch.autograd.grad(_plain(*exact_inputs, labels, mask), exact_inputs)
-    loss = linear_cross_entropy(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=1)
+    loss = linear_loss(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=1).loss
     ours = torch.autograd.grad(loss, (hidden, weight))
     plain = torch.autograd.grad(_plain(hidden, weight, labels, mask), (hidden, weight))
     assert loss.dtype == torch.float32 and ours[1].dtype == torch.bfloat16
@@ -112,7 +112,7 @@ def test_the_weights_gradient_in_bf16_keeps_growing_over_many_chunks() -> None:
         torch.zeros(V, H, dtype=torch.bfloat16, requires_grad=True),
     )
     labels, mask = torch.zeros(1000, 1, dtype=torch.long), torch.ones(1000, 1)
-    linear_cross_entropy(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=1).backward()
+    linear_loss(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=1).loss.backward()
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad[0].float(), torch.full((H,), -1000 * (1 - 1 / V)), rtol=5e-3, atol=0)
 
@@ -120,9 +120,9 @@ def test_the_weights_gradient_in_bf16_keeps_growing_over_many_chunks() -> None:
 def test_without_gradient_the_same_loss_and_each_tokens_own() -> None:
     """Validation would report another number than training for the same weights."""
     hidden, weight, labels, mask = _inputs()
-    trained = linear_cross_entropy(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=4)
+    trained = linear_loss(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=4).loss
     with torch.inference_mode():
-        assert torch.equal(linear_cross_entropy(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=4), trained)
+        assert torch.equal(linear_loss(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=4).loss, trained)
         each = token_losses(hidden, weight, labels, vocab=_shard(V), chunk_tokens=4)
     torch.testing.assert_close(
         each, F.cross_entropy((hidden @ weight.T).transpose(1, 2), labels, reduction="none").detach()
@@ -132,7 +132,7 @@ def test_without_gradient_the_same_loss_and_each_tokens_own() -> None:
 def test_a_second_backward_is_refused() -> None:
     """The gradients are scaled in place: a second pass would scale them twice."""
     inputs = _inputs()
-    loss = linear_cross_entropy(*inputs, vocab=_shard(V), chunk_tokens=4)
+    loss = linear_loss(*inputs, vocab=_shard(V), chunk_tokens=4).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="compute the loss again"):
         loss.backward()
@@ -163,7 +163,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(dtype: torch.dtype) -> None:
     for name in ("ours", "plain"):
         with _LargestTensor() as seen:
             if name == "ours":
-                linear_cross_entropy(hidden, weight, labels, mask, vocab=_shard(500), chunk_tokens=16).backward()
+                linear_loss(hidden, weight, labels, mask, vocab=_shard(500), chunk_tokens=16).loss.backward()
             else:
                 F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), labels.flatten()).backward()
         largest[name] = seen.numel

@@ -15,7 +15,7 @@ from ee_tuning.generation.prompts import job_of
 from ee_tuning.model_config.config import ModelConfig, RopeConfig
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.sampling.params import SamplingParams
-from ee_tuning.sampling.sampling import draw, probabilities
+from ee_tuning.sampling.sampling import draw, warped
 from ee_tuning.tuning.settings import check_settings
 
 HUGE = 10**400
@@ -28,19 +28,19 @@ def test_a_temperature_near_zero_draws_the_likeliest(temperature: float, dtype: 
     """Logits divided by it overflow, and the token drawn is 0 again and again. Those that tie share, as at any
     temperature.
     """
-    found = probabilities(LOGITS.to(dtype), temperature)
+    found = warped(LOGITS.to(dtype), temperature).softmax(-1)
     assert found[1].tolist() == [1, 0, 0, 0, 0, 0]
     assert (
         found[0, [1, 2]].tolist() == pytest.approx([0.5, 0.5], abs=1e-4) and float(found[0, [0, 3, 4, 5]].sum()) < 1e-4
     )
-    cut = probabilities(LOGITS.to(dtype), temperature, top_k=3, top_p=1e-40, min_p=1e-40)
+    cut = warped(LOGITS.to(dtype), temperature, top_k=3, top_p=1e-40, min_p=1e-40).softmax(-1)
     assert torch.isfinite(cut).all() and cut[1].tolist() == [1, 0, 0, 0, 0, 0] and int(draw(cut, [1, 2])[1]) == 0
 
 
 @pytest.mark.parametrize("cut", [{"top_p": 1e-40}, {"top_p": 5e-324}, {"min_p": 1.0}, {"top_k": 1}])
 def test_the_tightest_cut_leaves_the_likeliest(cut: dict[str, Any]):
     """A cut below what float32 can tell from 0, which leaves no token at all."""
-    assert probabilities(LOGITS[1:], 1.0, **cut)[0].tolist() == [1, 0, 0, 0, 0, 0]
+    assert warped(LOGITS[1:], 1.0, **cut).softmax(-1)[0].tolist() == [1, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

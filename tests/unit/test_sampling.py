@@ -10,7 +10,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ee_tuning.sampling.sampling import draw, draw_key, probabilities, request_key
+from ee_tuning.sampling.sampling import draw, draw_key, request_key, warped
 
 
 def _logits(*shape: int, scale: float = 3.0) -> torch.Tensor:
@@ -44,8 +44,8 @@ def test_the_distribution_is_that_of_transformers(temperature: float, top_k: int
     if min_p:
         processors.append(MinPLogitsWarper(min_p))
     expected = processors(torch.zeros(6, 1, dtype=torch.long), logits.clone()).softmax(-1)
-    assert torch.equal(probabilities(logits, temperature, top_k, top_p, min_p), expected)
-    assert torch.equal(probabilities(logits[2], temperature, top_k, top_p, min_p), expected[2])
+    assert torch.equal(warped(logits, temperature, top_k, top_p, min_p).softmax(-1), expected)
+    assert torch.equal(warped(logits[2], temperature, top_k, top_p, min_p).softmax(-1), expected[2])
 
 
 def _keys(seed: int, count: int) -> list[int]:
@@ -58,7 +58,7 @@ def test_draws_follow_the_distribution(seed: int) -> None:
     """Chi-square over 20,000 draws, 19 degrees of freedom: a value above 43.8 has probability 0.001 if draws are
     fair.
     """
-    distribution = probabilities(_logits(20, scale=1.0), 1.0)
+    distribution = warped(_logits(20, scale=1.0), 1.0).softmax(-1)
     counts = torch.bincount(draw(distribution.expand(20_000, -1), _keys(seed, 20_000)), minlength=20)
     expected = distribution.double() * 20_000
     assert ((counts - expected) ** 2 / expected).sum() < 43.8
@@ -75,14 +75,14 @@ def test_neighbouring_draws_do_not_know_of_each_other() -> None:
 
 def test_draws_of_a_filtered_distribution_stay_inside_it() -> None:
     """A token that was filtered out, drawn at an edge."""
-    distribution = probabilities(_logits(50), 1.0, top_k=4)
+    distribution = warped(_logits(50), 1.0, top_k=4).softmax(-1)
     drawn = set(draw(distribution.expand(500, -1), _keys(6, 500)).tolist())
     assert drawn == set((distribution > 0).nonzero()[:, 0].tolist())
 
 
 def test_a_draw_hangs_on_seed_prompt_completion_and_place_alone() -> None:
     """One stream of numbers for a batch would make a prompt's text depend on its neighbours."""
-    distribution = probabilities(_logits(3, 60, scale=1.0), 0.9)
+    distribution = warped(_logits(3, 60, scale=1.0), 0.9).softmax(-1)
     together = draw(distribution, _keys(1, 3)).tolist()
     assert together == [int(draw(distribution[i : i + 1], [key])) for i, key in enumerate(_keys(1, 3))]
     keys = {
@@ -99,8 +99,8 @@ def test_a_draw_hangs_on_seed_prompt_completion_and_place_alone() -> None:
 @pytest.mark.parametrize("closeness", [0.02, 0.1, 0.4])
 def test_like_distributions_mostly_draw_alike(closeness: float) -> None:
     """Speculation rests on it: at least (1 - d) / (1 + d) of the draws agree, d the total variation distance."""
-    p = probabilities(_logits(40, scale=1.0), 1.0).double()
-    q = probabilities(_logits(40, scale=1.0) + closeness * _logits(2, 40)[1], 1.0).double()
+    p = warped(_logits(40, scale=1.0), 1.0).softmax(-1).double()
+    q = warped(_logits(40, scale=1.0) + closeness * _logits(2, 40)[1], 1.0).softmax(-1).double()
     distance = float((p - q).abs().sum() / 2)
     keys = _keys(3, 20_000)
     agreed = (draw(p.expand(20_000, -1), keys) == draw(q.expand(20_000, -1), keys)).double().mean()

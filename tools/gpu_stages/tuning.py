@@ -16,7 +16,7 @@ from ee_tuning.artifact.shapes import shape_sources
 from ee_tuning.artifact.stage_plans import plan_tuning
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.tokens import DocumentRules, PackedSamples, Splits
-from ee_tuning.losses.loss import linear_cross_entropy
+from ee_tuning.losses.loss import linear_loss
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.quantized_linear import quantized_weights
 from ee_tuning.parallel.relay import Relay
@@ -91,7 +91,7 @@ def _loss(bench: Bench, tokens: int, width: int, vocabulary: int, chunk: int | N
     def loss() -> Tensor:
         if chunk is None:
             return F.cross_entropy(F.linear(hidden, weight).flatten(0, 1).float(), labels.flatten(), reduction="sum")
-        return linear_cross_entropy(hidden, weight, labels, mask, vocab=vocab, chunk_tokens=chunk)
+        return linear_loss(hidden, weight, labels, mask, vocab=vocab, chunk_tokens=chunk).loss
 
     def step() -> None:
         hidden.grad = weight.grad = None
