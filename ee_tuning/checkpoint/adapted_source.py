@@ -67,7 +67,6 @@ class AdaptedSource:
 
     @property
     def manifest_verified(self) -> bool:
-        """See BackboneSource."""
         return self.base.manifest_verified
 
     @manifest_verified.setter
@@ -79,7 +78,6 @@ class AdaptedSource:
         return self.base.weight_files()
 
     def check_complete(self, config: ModelConfig) -> None:
-        """See BackboneSource."""
         self.base.check_complete(config)
 
     def shape(self, name: str) -> TensorShape:
@@ -91,7 +89,6 @@ class AdaptedSource:
         return self._weights.dtype(name) if name in self._replaced else self.base.dtype(name)
 
     def check_shape(self, name: str, shape: TensorShape) -> None:
-        """See TensorSource."""
         self.base.check_shape(name, shape)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

@@ -22,7 +22,7 @@ class Order(Protocol):
 
 
 class SampleOrder:
-    """Epoch after epoch, each a permutation of all samples."""
+    """An Order of epoch after epoch, each a permutation of all samples."""
 
     def __init__(self, num_samples: int, seed: int, part: int = 0) -> None:
         """`part` makes blended corpora of equal size have different orders."""
@@ -33,7 +33,6 @@ class SampleOrder:
         self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def sample_at(self, position: int) -> int:
-        """See Order."""
         epoch, place = divmod(position, self.num_distinct)
         if epoch != self._epoch:
             # RandomState, because NumPy guarantees its streams across versions: a run may resume under another one.
@@ -45,9 +44,10 @@ class SampleOrder:
 
 
 class BlendedOrder:
-    """Blends samples of several corpora by weight: next is the corpus furthest behind its share, as in Megatron-core.
+    """An Order that blends samples of several corpora by weight.
 
-    Each corpus has its own epochs and permutations. Samples are numbered through the corpora.
+    Next is the corpus furthest behind its share, as in Megatron-core. Each corpus has its own epochs and permutations.
+    Samples are numbered through the corpora.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -61,13 +61,11 @@ class BlendedOrder:
 
     @property
     def num_distinct(self) -> int:
-        """See Order."""
         self._reach(int(self._sizes.sum()))
         repeats = np.flatnonzero(self._place >= self._sizes[self._corpus])
         return int(repeats[0])
 
     def sample_at(self, position: int) -> int:
-        """See Order."""
         self._reach(position)
         corpus = int(self._corpus[position])
         return int(self._firsts[corpus]) + self._orders[corpus].sample_at(int(self._place[position]))

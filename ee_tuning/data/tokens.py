@@ -73,7 +73,7 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class PackedSamples:
-    """A stream of tokens, cut into samples."""
+    """`Samples` that a stream of tokens is cut into."""
 
     stream: NDArray[np.integer]
     """[n] token ids of consecutive documents."""
@@ -88,14 +88,12 @@ class PackedSamples:
 
     @property
     def num_windows(self) -> int:
-        """See Samples."""
         return max(0, len(self.stream) - 1) // self.seq_length
 
     def __len__(self) -> int:
         return self.num_windows if self.windows is None else len(self.windows)
 
     def sample(self, index: int) -> Sample:
-        """See Samples."""
         assert 0 <= index < len(self)
         s, first = self.seq_length, (index if self.windows is None else int(self.windows[index])) * self.seq_length
         tokens = self.stream[first : first + s + 1].astype(np.int64)
@@ -113,11 +111,9 @@ class PackedSamples:
         )
 
     def order(self, seed: int) -> SampleOrder:
-        """See Samples."""
         return SampleOrder(len(self), seed)
 
     def identity(self) -> dict[str, Any]:
-        """See Samples."""
         return {"number of training samples": len(self)}
 
     def _begins(self, first: int) -> NDArray[np.bool_]:
@@ -131,7 +127,7 @@ class PackedSamples:
 
 @dataclass(frozen=True)
 class DocumentSamples:
-    """Documents of a stream, each a sample that ends with the document, or where it is full.
+    """`Samples` that are documents of a stream, each ending with the document, or where it is full.
 
     Documents without a label that counts, within that length, are left out.
     """
@@ -147,14 +143,14 @@ class DocumentSamples:
 
     @property
     def num_windows(self) -> int:
-        """See Samples: the documents."""
+        """Number of documents."""
         return len(self.starts)
 
     def __len__(self) -> int:
         return len(self._bounds)
 
     def sample(self, index: int) -> Sample:
-        """See Samples; `tokens` may be fewer."""
+        """Returns one sample, possibly of fewer tokens than `seq_length` asks for."""
         first, stop = self._bounds[index]
         loss_mask = (
             np.ones(stop - first - 1, np.float32)
@@ -164,11 +160,9 @@ class DocumentSamples:
         return Sample(self.stream[first:stop].astype(np.int64), loss_mask, None, None)
 
     def order(self, seed: int) -> SampleOrder:
-        """See Samples."""
         return SampleOrder(len(self), seed)
 
     def identity(self) -> dict[str, Any]:
-        """See Samples."""
         return {"number of training documents": len(self)}
 
     @cached_property
@@ -187,7 +181,7 @@ class DocumentSamples:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Samples of several streams or corpora, by weight or in one order."""
+    """`Samples` of several streams or corpora, by weight or in one order."""
 
     parts: Sequence[Samples]
     weights: Sequence[float] | None
@@ -195,19 +189,16 @@ class Mixture:
 
     @property
     def seq_length(self) -> int:
-        """See Samples."""
         return self.parts[0].seq_length
 
     @property
     def num_windows(self) -> int:
-        """See Samples."""
         return sum(part.num_windows for part in self.parts)
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
     def sample(self, index: int) -> Sample:
-        """See Samples."""
         for part in self.parts:
             if index < len(part):
                 return part.sample(index)
@@ -215,12 +206,10 @@ class Mixture:
         raise AssertionError("index is within the samples")
 
     def order(self, seed: int) -> Order:
-        """See Samples."""
         sizes = [len(part) for part in self.parts]
         return SampleOrder(len(self), seed) if self.weights is None else BlendedOrder(sizes, self.weights, seed)
 
     def identity(self) -> dict[str, Any]:
-        """See Samples."""
         total = sum(self.weights or [])
         blend = [
             [round(weight / total, 12), len(part)] for weight, part in zip(self.weights or [], self.parts, strict=False)

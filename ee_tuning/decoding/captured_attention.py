@@ -71,23 +71,19 @@ class PagedAttention(CapturedAttention):
 
     @staticmethod
     def is_there(like: Tensor) -> bool:
-        """See CapturedAttention."""
         is_active = current_flash_attention_impl is not None and current_flash_attention_impl() == "FA3"
         return is_active and flash.serves(like, "block_table")
 
     @staticmethod
     def suits(rows: list[SlotMapping], num_seen: int, bytes_per_place: int) -> bool:
-        """See CapturedAttention. It supports any."""
+        """Supports any."""
         return True
 
     def prepared(self, positions: Tensor, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """See CapturedAttention. Returns the first query of each row, the number of places that it sees, and its
-        blocks.
-        """
+        """Returns the first query of each row, the number of places that it sees, and its blocks."""
         return _each(positions), positions + 1, blocks.contiguous()
 
     def attend(self, query: Tensor, cache: LayerCache, prepared: tuple[Tensor, ...], scale: float) -> Tensor:
-        """See CapturedAttention."""
         queries, seen, table = prepared
         keys, values = (x.view(-1, BLOCK_SIZE, *x.shape[1:]) for x in (cache.keys, cache.values))
         return flash.varlen_attention(
@@ -109,29 +105,24 @@ class VarlenAttention(CapturedAttention):
 
     @property
     def num_blocks(self) -> int:
-        """See CapturedAttention. The first block says where a sequence begins."""
+        """The first block says where a sequence begins."""
         return 1
 
     @staticmethod
     def is_there(like: Tensor) -> bool:
-        """See CapturedAttention."""
         return flash.serves(like, "seqused_k")
 
     @staticmethod
     def suits(rows: list[SlotMapping], num_seen: int, bytes_per_place: int) -> bool:
-        """See CapturedAttention."""
         return all([row.first is not None for row in rows])
 
     def prepared(self, positions: Tensor, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """See CapturedAttention. Returns the first query of each row, its sequence's first place, and the number of
-        places that it sees.
-        """
+        """Returns the first query of each row, its sequence's first place, and the number of places that it sees."""
         # The kernel takes a row's end from what it sees: the beginnings need no order, and the last number means
         # nothing.
         return _each(positions), F.pad(blocks[:, 0] * BLOCK_SIZE, (0, 1)), positions + 1
 
     def attend(self, query: Tensor, cache: LayerCache, prepared: tuple[Tensor, ...], scale: float) -> Tensor:
-        """See CapturedAttention."""
         queries, firsts, seen = prepared
         return flash.varlen_attention(
             query.flatten(1, 2), cache.keys, cache.values, queries, firsts, 1, self.reach, scale=scale, seqused_k=seen
@@ -145,16 +136,14 @@ class GatheredAttention(CapturedAttention):
 
     @staticmethod
     def is_there(like: Tensor) -> bool:
-        """See CapturedAttention."""
         return True
 
     @staticmethod
     def suits(rows: list[SlotMapping], num_seen: int, bytes_per_place: int) -> bool:
-        """See CapturedAttention."""
         return num_seen * bytes_per_place <= MOST_GATHERED
 
     def prepared(self, positions: Tensor, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """See CapturedAttention. Returns places [t · c], and a mask [t, 1, 1, c] that is added to the scores."""
+        """Returns places [t · c], and a mask [t, 1, 1, c] that is added to the scores."""
         within = torch.arange(BLOCK_SIZE, device=blocks.device)
         index = (blocks.long()[:, :, None] * BLOCK_SIZE + within).flatten()
         unseen = torch.arange(self.reach, device=blocks.device) > positions[:, None]
@@ -162,7 +151,6 @@ class GatheredAttention(CapturedAttention):
         return index, mask[:, None, None]
 
     def attend(self, query: Tensor, cache: LayerCache, prepared: tuple[Tensor, ...], scale: float) -> Tensor:
-        """See CapturedAttention."""
         index, mask = prepared
         count, g, _, d = query.shape
         keys, values = (

@@ -105,11 +105,9 @@ class DecodeFinalHead(DecodeHead):
         )
 
     def logits(self, inputs: ExitInput) -> Tensor:  # [q, v/tp]
-        """See DecodeHead."""
         return F.linear(self.model.final_hidden(inputs.hidden), self.model.backbone.output_layer.weight)
 
     def native_states(self, inputs: ExitInput) -> tuple[Tensor, Tensor | None]:  # [q, h]
-        """See DecodeHead."""
         return inputs.hidden, None
 
 
@@ -137,8 +135,8 @@ class DecodeExitHead(DecodeHead):
 
     @property
     def is_fully_native(self) -> bool:
-        """See DecodeHead. torch runs an adapter, and the kernel then its norm and output matrix; torch also runs a
-        linear map and everything before it.
+        """torch runs an adapter, and the kernel then its norm and output matrix; torch also runs a linear map and
+        everything before it.
         """
         is_torchs = self._is_mapped or isinstance(self.head, AdapterHead)
         return self.native is not None and not is_torchs and (self.layer is None or self.layer.is_native)
@@ -152,11 +150,9 @@ class DecodeExitHead(DecodeHead):
         return inner if self.head.takes_mlp_input else ExitInput(hidden)
 
     def logits(self, inputs: ExitInput) -> Tensor:  # [q, v/tp]
-        """See DecodeHead."""
         return self.head(inputs, F.linear)
 
     def native_states(self, inputs: ExitInput) -> tuple[Tensor, Tensor | None]:  # [q, h] each
-        """See DecodeHead."""
         if self._is_mapped:
             return self.head.final_hidden(inputs), None
         match self.head:

@@ -46,7 +46,7 @@ def export_eagle3(config: Config, output: Path, layout: Layout, *, overwrite: bo
 
 
 class PublishedTensors:
-    """The tensors of an export by their published names, from the artifact or its shortlist."""
+    """A TensorSource of an export by published names, from the artifact or its shortlist."""
 
     def __init__(self, artifact: ExitHeadsReader, layout: Layout, vocab_size: int) -> None:
         self._artifact, self._vocab_size = artifact, vocab_size
@@ -59,17 +59,14 @@ class PublishedTensors:
         }
 
     def shape(self, name: str) -> TensorShape:
-        """See TensorSource."""
         return self.shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """See TensorSource."""
         if name in (D2T, T2D):
             return torch.int64 if name == D2T else torch.bool
         return self._artifact.dtype(self._sources[name])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """See TensorSource."""
         if name == D2T:
             return (self._ids - torch.arange(len(self._ids)))[start:stop]
         if name == T2D:
@@ -77,11 +74,9 @@ class PublishedTensors:
         return self._artifact.rows(self._sources[name], start, stop)
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """See TensorSource."""
         return self._artifact.columns(self._sources[name], start, stop)
 
     def check_shape(self, name: str, shape: TensorShape) -> None:
-        """See TensorSource."""
         assert self.shapes[name] == shape
 
 

@@ -74,7 +74,7 @@ class TeacherBuffers:
 
 @dataclass(frozen=True)
 class HiddenTeacher:
-    """The whole distribution: softmax of `weight` · `hidden`."""
+    """A Teacher of the whole distribution: softmax of `weight` · `hidden`."""
 
     hidden: Tensor
     """[s, b, h], after the final norm."""
@@ -83,15 +83,12 @@ class HiddenTeacher:
 
     @property
     def by_token(self) -> dict[str, Tensor]:
-        """See Lesson."""
         return {"hidden": self.hidden}
 
     def with_tokens(self, by_token: Mapping[str, Tensor]) -> "HiddenTeacher":
-        """See Lesson."""
         return replace(self, **by_token)
 
     def chunk(self, part: slice, buffers: TeacherBuffers, vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
-        """See Teacher."""
         tokens = self.hidden.reshape(-1, self.hidden.shape[-1])[part]
         likeliest, dtype = None, buffers.probabilities.dtype
         if isinstance(vocab, Shortlist):
@@ -128,7 +125,7 @@ class WholeChunk:
 
 @dataclass(frozen=True)
 class TopKTeacher:
-    """The k likeliest tokens and the total probability of all others, the tail.
+    """A Teacher of the k likeliest tokens and the total probability of all others, the tail.
 
     The tail is distributed like the student's own: only its mass is taught. KL and total variation are then those of
     two distributions over k + 1 events, and lower bounds of the true ones.
@@ -148,15 +145,12 @@ class TopKTeacher:
 
     @property
     def by_token(self) -> dict[str, Tensor]:
-        """See Lesson."""
         return {"ids": self.ids, "probabilities": self.probabilities}
 
     def with_tokens(self, by_token: Mapping[str, Tensor]) -> "TopKTeacher":
-        """See Lesson."""
         return replace(self, **by_token)
 
     def chunk(self, part: slice, buffers: TeacherBuffers, vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
-        """See Teacher."""
         top_k = _TopKChunk(TopKTeacher(self.ids[part], self.probabilities[part]), buffers, vocab)
         if isinstance(vocab, Shortlist):
             top_k.likeliest = _listed(self.ids[part, 0], vocab)

@@ -40,7 +40,6 @@ class Eagle3Head(ExitHead):
     attends_to_earlier = True
 
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
-        """See ExitHead."""
         assert self.spec.draft is not None
         own, width, num_read = self.spec.draft.layer_config(config), config.hidden_size, len(self.spec.draft.aux_layers)
         self.fc = nn.Linear(num_read * width, width, bias=False, **tensor)
@@ -74,7 +73,6 @@ class Eagle3Head(ExitHead):
         return self.fc(states)
 
     def own_hidden(self, inputs: ExitInput) -> Tensor:  # [s, k * b, h]
-        """See the class."""
         assert self.spec.draft is not None and inputs.next_embeddings
         state, text = self.fused(inputs.hidden), _UnrolledText(self.midlayer, inputs.documents)
         said = []
@@ -120,7 +118,6 @@ class DraftLayer(nn.Module):
         self.scale = softmax_scale(config)
 
     def forward(self, state: Tensor, embedding: Tensor, attend: Attend) -> Tensor:  # [s, b, h], [s, b, h] -> [s, b, h]
-        """See the class."""
         normed = self.hidden_norm(state)
         residual = normed if self.norm_before_residual else state
         read = self._for_shards(torch.cat((self.input_layernorm(embedding), normed), dim=-1))
@@ -165,7 +162,7 @@ class _UnrolledText:
         self._values: list[Tensor] = []
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See Attend. A step's tokens stand one place behind those of the step before."""
+        """A step's tokens stand one place behind those of the step before."""
         known = None if self._documents is None else self._documents.positions
         places = torch.arange(query.shape[0], device=query.device)[:, None] if known is None else known.t()
         places = places + len(self._keys)

@@ -108,7 +108,6 @@ class ExitMLP(nn.Module):
         self.group, self.cuts_sequence = topology.tp_group if topology.tp > 1 else None, cuts_sequence
 
     def forward(self, x: Tensor) -> Tensor:  # […, h] -> […, h]
-        """See the class."""
         if self.cuts_sequence:
             x = gather_sequence(x, self.group)
         elif self.group is not None and x.requires_grad:  # where something before the MLP is trained
@@ -220,7 +219,6 @@ class EmbeddingHead(ExitHead):
     """W x."""
 
     def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
-        """See ExitHead."""
         return inputs.hidden
 
 
@@ -228,11 +226,9 @@ class NormHead(ExitHead):
     """W Norm(x)."""
 
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
-        """See ExitHead."""
         self.norm = exit_norm(config, **tensor)
 
     def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
-        """See ExitHead."""
         return self.norm(inputs.hidden)
 
 
@@ -250,12 +246,10 @@ class MLPHead(NormHead):
     takes_mlp_input = True
 
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
-        """See ExitHead."""
         super().build(config, topology, tensor)
         self.mlp = ExitMLP(config, topology, cuts_sequence=self.cuts_sequence, **tensor)
 
     def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
-        """See ExitHead."""
         assert inputs.residual is not None
         return self.norm(inputs.residual + self.mlp(inputs.hidden))
 
@@ -268,7 +262,6 @@ class AdapterHead(NormHead):
     """
 
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
-        """See ExitHead."""
         super().build(config, topology, tensor)
         self.adapter = nn.ModuleDict(
             {
@@ -280,7 +273,6 @@ class AdapterHead(NormHead):
         self.activation = activation(config)
 
     def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
-        """See ExitHead."""
         return self.norm(self.adapted(inputs.hidden))
 
     def adapted(self, x: Tensor) -> Tensor:  # […, h]
@@ -295,13 +287,11 @@ class LayerHead(NormHead):
     attends_to_earlier = True
 
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
-        """See ExitHead."""
         super().build(config, topology, tensor)
         self.layer = build_layer(config, topology, config.num_layers, tensor["dtype"], cuts_sequence=self.cuts_sequence)
 
     @property
     def own_layer(self) -> nn.Module:
-        """See ExitHead."""
         return self.layer
 
     @property
@@ -310,7 +300,7 @@ class LayerHead(NormHead):
         return tuple(name for name, _ in self.named_parameters() if "q_layernorm" in name or "k_layernorm" in name)
 
     def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
-        """See ExitHead. Without `inputs.layer_output`, hidden states are whole sequences [s, b, h]."""
+        """Without `inputs.layer_output`, hidden states are whole sequences [s, b, h]."""
         out = inputs.layer_output
         return self.norm(
             apply_layer(self.layer, inputs.hidden, self._backbones[1], self.config, inputs.documents)

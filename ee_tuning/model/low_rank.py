@@ -18,6 +18,5 @@ class LowRankMap(nn.Module):
         self.bias = nn.Parameter(torch.empty(width, **tensor))
 
     def forward(self, z: Tensor) -> Tensor:  # […, h] -> […, h]
-        """See the class."""
         out: Tensor = z + self.up(self.down(z)) + self.bias
         return out

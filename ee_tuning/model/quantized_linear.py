@@ -85,7 +85,6 @@ class QuantizedLinear(nn.Module, abc.ABC):
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=topology.device), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See the class."""
         if self.group is not None and not self.is_row_parallel:
             x = gather_sequence(x, self.group) if self.cuts_sequence else copy_to_tp(x, self.group)
         out: Tensor = _Product.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.product(x)
@@ -136,12 +135,10 @@ class Int8Linear(QuantizedLinear):
 
     @staticmethod
     def buffers_of(outputs: int, inputs: int) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-        """See QuantizedLinear."""
         yield "values", (outputs, inputs), torch.int8
         yield "scale", (outputs, 1), torch.float32
 
     def quantize_(self, weight: Tensor) -> None:  # [o, i]
-        """See QuantizedLinear."""
         torchao, weight = _library("torchao.quantization"), weight.to(self.scale.device, self.library_dtype)
         scale = torchao.Int8Tensor.from_hp(weight, torchao.PerRow()).scale
         if self.group is not None and self.is_row_parallel:  # each rank has a part of the inputs only
@@ -150,11 +147,9 @@ class Int8Linear(QuantizedLinear):
         self.values.copy_(torchao.Int8Tensor.from_hp(weight, torchao.PerRow(), scale=scale).qdata)
 
     def dequantized(self) -> Tensor:  # [o, i]
-        """See QuantizedLinear."""
         return (self.values * self.scale).to(self.dtype)
 
     def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
-        """See QuantizedLinear."""
         return F.linear(
             x, _library("torchao.quantization").Int8Tensor(self.values, self.scale, [1, self.shape[1]], self.dtype)
         )
@@ -168,12 +163,10 @@ class NF4Linear(QuantizedLinear):
 
     @staticmethod
     def buffers_of(outputs: int, inputs: int) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-        """See QuantizedLinear."""
         yield "packed", (-(-outputs * inputs // 2), 1), torch.uint8
         yield "scale", (-(-outputs * inputs // NF4_BLOCK),), torch.float32
 
     def quantize_(self, weight: Tensor) -> None:  # [o, i]
-        """See QuantizedLinear."""
         weight = weight.to(self.scale.device, self.library_dtype)
         # Unlike in QLoRA, the scales are not quantized: that needs their mean, which differs from rank to rank.
         packed, state = _library("bitsandbytes.functional").quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
@@ -181,7 +174,6 @@ class NF4Linear(QuantizedLinear):
         self.scale.copy_(state.absmax)
 
     def dequantized(self) -> Tensor:  # [o, i]
-        """See QuantizedLinear."""
         functional = _library("bitsandbytes.functional")
         state = functional.QuantState(
             self.scale, torch.Size(self.shape), blocksize=NF4_BLOCK, quant_type="nf4", dtype=self.library_dtype
@@ -190,7 +182,6 @@ class NF4Linear(QuantizedLinear):
         return weight
 
     def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
-        """See QuantizedLinear."""
         return F.linear(x, self.dequantized())
 
 

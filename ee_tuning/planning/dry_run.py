@@ -263,7 +263,6 @@ class _MeasuredForward(StageForward):
         self._is_ahead = teacher_channel is not None and teacher_channel.num_ahead > 0
 
     def forward(self, microbatch: Microbatch, next_action: NextAction) -> StageOutput:
-        """See StageForward."""
         self.num_forward += microbatch.chunk.ends_rows
         with self._tracker.during("activations"):
             output = super().forward(microbatch, next_action)
@@ -287,7 +286,6 @@ class _MeasuredTrainer(ExitTrainer):
         self.num_trained = self.num_validated = 0
 
     def train(self, output: StageOutput) -> dict[int, ExitLoss]:
-        """See ExitTrainer."""
         self.num_trained += output.microbatch.chunk.ends_rows
         with self._tracker.during("loss"):
             losses = super().train(output)
@@ -296,7 +294,6 @@ class _MeasuredTrainer(ExitTrainer):
         return losses
 
     def evaluate(self, output: StageOutput) -> dict[int, ExitLoss]:
-        """See ExitTrainer."""
         self.num_validated += output.microbatch.chunk.ends_rows
         with self._tracker.during("validation"):
             return super().evaluate(output)
