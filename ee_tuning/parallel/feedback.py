@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.parallel.p2p import irecv, isend
-from ee_tuning.parallel.pending_sends import PendingSends
+from ee_tuning.parallel.pending_sends import MAX_IN_FLIGHT, PendingSends
 from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
@@ -24,23 +24,13 @@ class Feedback:
     Every stage in `stages` must call `expect` for a tensor before the last stage sends it, and `take` afterwards.
     """
 
-    def __init__(
-        self,
-        topology: Topology,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        stages: tuple[int, ...],
-        *,
-        max_in_flight: int = 2,
-    ) -> None:
-        """`shape` and `dtype` describe the tensors; `stages` receive them. Per receiver, `max_in_flight` sends may be
-        unfinished.
-        """
+    def __init__(self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, stages: tuple[int, ...]) -> None:
+        """`shape` and `dtype` describe the tensors; `stages` receive them."""
         assert all(0 <= stage < topology.pp - 1 for stage in stages), stages
         self.seconds_waited = 0.0
         """Seconds that this stage has waited for other stages. On a GPU only the host's waiting counts."""
         self._topology, self._shape, self._dtype, self._stages = topology, shape, dtype, stages
-        self._pending = PendingSends(topology, max(1, max_in_flight * len(stages)))
+        self._pending = PendingSends(topology, MAX_IN_FLIGHT * max(1, len(stages)))
         self._expected: deque[tuple[Tensor, Any]] = deque()
 
     def send(self, tensor: Tensor) -> None:

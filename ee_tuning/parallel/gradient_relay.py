@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ee_tuning.parallel.p2p import irecv, isend
-from ee_tuning.parallel.pending_sends import PendingSends
+from ee_tuning.parallel.pending_sends import MAX_IN_FLIGHT, PendingSends
 from ee_tuning.parallel.process_groups import own_group
 from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
@@ -25,14 +25,12 @@ class GradientRelay:
     All ranks create it together.
     """
 
-    def __init__(
-        self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, *, minutes: float, max_in_flight: int = 2
-    ) -> None:
+    def __init__(self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, *, minutes: float) -> None:
         """`shape` and `dtype` describe the hidden states of one micro-batch; `minutes` is the timeout of a message."""
         self.seconds_waited = 0.0
         """Seconds that this stage has waited for other stages. On a GPU only the host's waiting counts."""
         self._topology, self._shape, self._dtype = topology, shape, dtype
-        self._pending = PendingSends(topology, max_in_flight)
+        self._pending = PendingSends(topology, MAX_IN_FLIGHT)
         per_stage = topology.tp * topology.dp
         columns = [[stage * per_stage + i for stage in range(topology.pp)] for i in range(per_stage)]
         self._group = (

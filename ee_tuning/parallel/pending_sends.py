@@ -11,6 +11,9 @@ from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 
+MAX_IN_FLIGHT = 2
+"""Unfinished sends of micro-batches to one receiver."""
+
 
 class _Send(NamedTuple):
     tensors: tuple[Tensor, ...]

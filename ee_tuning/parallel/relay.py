@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ee_tuning.parallel.p2p import irecv, isend
-from ee_tuning.parallel.pending_sends import PendingSends
+from ee_tuning.parallel.pending_sends import MAX_IN_FLIGHT, PendingSends
 from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
@@ -63,7 +63,7 @@ class Relay:
         dtype: torch.dtype,
         *,
         sends: tuple[int, ...] | None = None,
-        max_in_flight: int = 2,
+        max_in_flight: int = MAX_IN_FLIGHT,
     ) -> None:
         """`shape` and `dtype` describe the received hidden states of one micro-batch, `sends` the shape of the sent
         ones if it differs. At most `max_in_flight` sends may be unfinished.

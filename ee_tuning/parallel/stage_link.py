@@ -21,20 +21,22 @@ from ee_tuning.parallel.watchdog import hang_watchdog
 
 # t tokens · h hidden
 
+_MAX_IN_FLIGHT = 16
+"""Unfinished sends of hidden states."""
 _BESIDE = 1
 """Tag of messages that overtake decisions in flight."""
 
 
 class StageLink:
-    """This rank's end. For each kind of message, `max_in_flight` may be in flight to each receiver."""
+    """This rank's end."""
 
-    def __init__(self, topology: Topology, *, max_in_flight: int = 16):
+    def __init__(self, topology: Topology):
         self.seconds_waited = 0.0
         """Seconds that this stage has waited for other stages. On a GPU only the host's waiting counts."""
         self._topology = topology
-        self._hidden = PendingSends(topology, max_in_flight)
+        self._hidden = PendingSends(topology, _MAX_IN_FLIGHT)
         # As many steps are in flight as there are stages, and each may wait as long again behind older ones.
-        self._decisions = PendingSends(topology, max(max_in_flight, 2 * topology.pp))
+        self._decisions = PendingSends(topology, max(_MAX_IN_FLIGHT, 2 * topology.pp))
 
     def send(self, hidden: Tensor) -> None:  # [t, h]
         """Sends hidden states to the next stage. The caller may read them afterwards but must not write to them."""
