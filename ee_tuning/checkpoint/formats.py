@@ -29,9 +29,9 @@ from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.links import dangling_link
 from ee_tuning.storage.manifest import MANIFEST, ManifestCheck, holds_manifest, read_manifest
-from ee_tuning.storage.mapped_file import MappedFile
 from ee_tuning.storage.metadata_pickle import METADATA
 from ee_tuning.storage.missing_weights import refuse_file
+from ee_tuning.storage.open_files import MappedFile
 from ee_tuning.storage.safetensors_reader import TensorSource
 from ee_tuning.storage.torch_file import Archive, saved_arguments
 

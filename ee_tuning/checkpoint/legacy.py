@@ -19,7 +19,7 @@ from ee_tuning.checkpoint.names import backbone_parameter_names
 from ee_tuning.errors import InputError
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.links import check_links
-from ee_tuning.storage.mapped_file import MappedFile
+from ee_tuning.storage.open_files import MappedFile
 from ee_tuning.storage.tensor_slice import TensorShape
 from ee_tuning.storage.torch_file import Archive, StoredTensor, saved_arguments
 

@@ -26,8 +26,8 @@ from ee_tuning.errors import InputError
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.notices import warn_once
 from ee_tuning.storage.links import check_links
-from ee_tuning.storage.mapped_file import MappedFile
 from ee_tuning.storage.metadata_pickle import METADATA, read_metadata_pickle
+from ee_tuning.storage.open_files import MappedFile
 from ee_tuning.storage.tensor_slice import TensorShape
 from ee_tuning.storage.torch_file import Archive, StoredTensor, saved_arguments
 

@@ -18,9 +18,9 @@ from ee_tuning.checkpoint.megatron import DistributedCheckpoint
 from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
-from ee_tuning.storage.mapped_file import MappedFile
 from ee_tuning.storage.metadata_pickle import METADATA
 from ee_tuning.storage.non_finite import NonFiniteCheck
+from ee_tuning.storage.open_files import MappedFile
 from ee_tuning.storage.safetensors_reader import SafetensorsFolder
 from ee_tuning.storage.tensor_blocks import BLOCK_BYTES, stored_blocks
 from ee_tuning.storage.torch_file import Archive, StoredTensor, saved_arguments

@@ -78,6 +78,31 @@ class Reopened(Generic[Opened]):
         return opened
 
 
+class MappedFile:
+    """The bytes of a file, mapped on request. A mapping stays alive while memory from it is used.
+
+    Raises InputError where the file can not be opened or is empty.
+    """
+
+    def __init__(self, path: Path):
+        self._file: Reopened[OpenMapping] = Reopened(path, OpenMapping)
+        self._size = self._file.now().size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        return self._file.now().bytes[part]
+
+    def mapping(self) -> mmap.mmap:
+        """Returns the mapping of the whole file."""
+        return self._file.now().bytes
+
+    def read_at(self, offset: int, into: memoryview) -> None:
+        """Fills `into` with the bytes from `offset` on. Raises OSError, or EOFError where the file ends earlier."""
+        self._file.now().read_at(offset, into)
+
+
 class _Recent:
     """The most recently used files."""
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ee_tuning.errors import InputError
 from ee_tuning.foreign_content import describe_content
-from ee_tuning.storage.mapped_file import MappedFile
+from ee_tuning.storage.open_files import MappedFile
 from ee_tuning.storage.pickled_names import Inert, harmless, plain_name
 from ee_tuning.storage.tensor_blocks import as_bytes
 

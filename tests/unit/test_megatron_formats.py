@@ -28,7 +28,7 @@ from ee_tuning.model_config.config import model_config_from_hf, read_model_confi
 from ee_tuning.model_config.huggingface_config import huggingface_config
 from ee_tuning.model_config.megatron_args import model_config_from_megatron
 from ee_tuning.storage import distcp_writer
-from ee_tuning.storage.mapped_file import MappedFile
+from ee_tuning.storage.open_files import MappedFile
 from ee_tuning.storage.torch_file import Archive
 
 pytestmark = pytest.mark.slow

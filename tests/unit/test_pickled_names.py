@@ -15,8 +15,8 @@ from megatron.core import safe_globals
 from megatron_arguments import other_arguments
 
 from ee_tuning.errors import InputError
-from ee_tuning.storage.mapped_file import MappedFile
 from ee_tuning.storage.metadata_pickle import check_metadata_pickle, read_metadata_pickle
+from ee_tuning.storage.open_files import MappedFile
 from ee_tuning.storage.pickled_names import Inert, harmless, plain_name
 from ee_tuning.storage.torch_file import Archive, StoredTensor
 

@@ -20,8 +20,8 @@ from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import parse_json
 from ee_tuning.storage.manifest import holds_manifest, read_manifest
-from ee_tuning.storage.mapped_file import MappedFile
 from ee_tuning.storage.metadata_pickle import read_metadata_pickle
+from ee_tuning.storage.open_files import MappedFile
 from ee_tuning.storage.torch_file import Archive
 
 
