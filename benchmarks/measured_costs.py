@@ -15,8 +15,8 @@ from ee_tuning.decoding.decode_head import DecodeExitHead
 from ee_tuning.decoding.decode_layer import DecodeLayer
 from ee_tuning.decoding.eager_attention import BLOCK_SIZE, LayerCache, SlotMapping
 from ee_tuning.decoding.layer_stack import LayerStack
-from ee_tuning.engine.block_pool import blocks_for
 from ee_tuning.engine.cost_model import COUNTS, Costs, Curve
+from ee_tuning.engine.kv_cache import blocks_for
 from ee_tuning.engine.stage_model import StageModel
 from ee_tuning.kernel import calls
 from ee_tuning.model.exit_head import ExitInput

@@ -9,8 +9,7 @@ import time
 from collections import deque
 from collections.abc import Set
 
-from ee_tuning.engine.block_pool import BLOCK_SIZE, block_key, blocks_for
-from ee_tuning.engine.kv_cache import KVCache
+from ee_tuning.engine.kv_cache import BLOCK_SIZE, KVCache, block_key, blocks_for
 from ee_tuning.engine.sequence import Sequence
 
 

@@ -8,8 +8,8 @@ import pytest
 from decoding import run_all
 from mixtures import STEMS, Subject
 
-from ee_tuning.engine.block_pool import BlockPool, block_key
 from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.kv_cache import BlockPool, block_key
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.sampling.params import SamplingParams
 
