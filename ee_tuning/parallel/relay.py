@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ee_tuning.parallel.p2p import irecv, isend
-from ee_tuning.parallel.pending_sends import MAX_IN_FLIGHT, PendingSends
+from ee_tuning.parallel.p2p import MAX_IN_FLIGHT, PendingSends, irecv, isend
 from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
