@@ -23,8 +23,7 @@ import torch.distributed as dist
 from ee_tuning.cache_folder import VARIABLE, cache_folder
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
-from ee_tuning.parallel.collectives import on_first_rank
-from ee_tuning.parallel.heartbeat import run_with_heartbeat
+from ee_tuning.parallel.collectives import on_first_rank, run_with_heartbeat
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.progress import ByteProgress
 from ee_tuning.storage.atomic_write import atomic_folder, os_errors_as_input_errors, try_lock

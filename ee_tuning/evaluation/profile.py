@@ -17,7 +17,7 @@ from ee_tuning.config.placement import AutoLayers, evenly_along
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.layer_stream import LayerStream, angular_distances, text_ids
 from ee_tuning.json_file import to_json
-from ee_tuning.parallel.heartbeat import run_with_heartbeat
+from ee_tuning.parallel.collectives import run_with_heartbeat
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel, world_size
 from ee_tuning.storage.apart import check_beside
 from ee_tuning.storage.atomic_write import check_file

@@ -1,6 +1,9 @@
-"""Collectives of Python objects over all ranks: a result or failure of rank 0 for every rank, and gathered lists."""
+"""Collectives of Python objects over all ranks: a result or failure of rank 0 for every rank, gathered lists, and long
+work on some ranks while others wait.
+"""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
@@ -9,6 +12,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import Topology
 
 Result = TypeVar("Result")
+_HEARTBEAT_SECONDS = 20.0
 
 
 class RankFailure(NamedTuple):
@@ -58,3 +62,35 @@ def gather_lists(items: list[Result], topology: Topology | None) -> list[Result]
     parts: list[list[Result]] = [[] for _ in range(topology.world_size)]
     dist.all_gather_object(parts, items, group=topology.world_control)
     return [item for part in parts for item in part]
+
+
+def run_with_heartbeat(steps: Iterator[None], topology: Topology) -> None:
+    """Runs this rank's `steps`, each much shorter than a minute, while other ranks run theirs or wait. All ranks call
+    it.
+
+    If a step fails on one rank, all ranks raise: the same InputError, or else that rank's own exception and a
+    RuntimeError on the others.
+    """
+    is_done, failure = False, None
+    while True:
+        until = time.monotonic() + _HEARTBEAT_SECONDS
+        while not is_done:
+            try:
+                next(steps)
+            except StopIteration:
+                is_done = True
+            except Exception as error:  # reported to the other ranks before it is raised, since they wait for this one
+                is_done, failure = True, error
+            if time.monotonic() >= until:
+                break
+        answers: list[tuple[bool, RankFailure | None]] = [(False, None)] * topology.world_size
+        dist.all_gather_object(answers, (is_done, RankFailure.of(failure, topology.rank)), group=topology.world_control)
+        if failures := [each for _, each in answers if each is not None]:
+            if isinstance(steps, Generator):
+                steps.close()  # removes partial outputs
+            crash = next((each for each in failures if not each.is_refusal), None)
+            if crash is not None and failure is not None and not isinstance(failure, InputError):
+                raise failure
+            raise (crash or failures[0]).error()
+        if all(done for done, _ in answers):
+            return

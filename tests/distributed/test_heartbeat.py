@@ -9,9 +9,8 @@ from world import World
 
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.evaluation.profile import with_exit_layers
-from ee_tuning.parallel import heartbeat
-from ee_tuning.parallel.collectives import on_first_rank
-from ee_tuning.parallel.heartbeat import run_with_heartbeat
+from ee_tuning.parallel import collectives
+from ee_tuning.parallel.collectives import on_first_rank, run_with_heartbeat
 from ee_tuning.parallel.topology import init_parallel
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
@@ -50,7 +49,7 @@ def profiled(text: str) -> tuple[object, int]:
         None, {"model.path": str(MODEL), "exits.exit_layers": "auto:3:profile", "exits.profile_text": text}
     )
     with (
-        mock.patch.object(heartbeat, "_HEARTBEAT_SECONDS", 0.0),
+        mock.patch.object(collectives, "_HEARTBEAT_SECONDS", 0.0),
         mock.patch.object(dist, "all_gather_object", side_effect=dist.all_gather_object) as meeting,
     ):
         return with_exit_layers(config).exits.exit_layers, meeting.call_count
