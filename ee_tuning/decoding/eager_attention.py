@@ -62,7 +62,6 @@ class _SingleRow:
     first: int | None
     index: Tensor
     """[c], on the device where `first` is None"""
-    length: int
     end: int
     mask: Tensor | None
     """[1, 1, length · n/g, c], added to the scores; None for a single token, and for the beginning of a sequence, which
@@ -90,15 +89,12 @@ class _PaddedRows:
 
 @dataclass(frozen=True, kw_only=True)
 class EagerBatch:
-    """Tokens of several sequences in one pass: row i brings `lengths[i]` tokens at positions `starts[i]`….
+    """Tokens of several sequences in one pass: row i brings `lengths[i]` tokens.
 
     Everything that all layers share is built once: the masks, and where each token goes.
     """
 
-    starts: tuple[int, ...]
     lengths: tuple[int, ...]
-    positions: Tensor
-    """[t] int64"""
     places: Tensor
     """[t] int64: where each token's key and value are stored."""
     cos: Tensor
@@ -153,9 +149,7 @@ def eager_batch(
             _row(row, start, n, queries_per_group, cos) for row, start, n in zip(rows, starts, lengths, strict=True)
         )
     return EagerBatch(
-        starts=tuple(starts),
         lengths=tuple(lengths),
-        positions=positions,
         places=places,
         cos=cos[positions][:, None, None],
         sin=sin[positions][:, None, None],
@@ -184,7 +178,7 @@ def _row(row: SlotMapping, start: int, length: int, queries_per_group: int, like
         unseen = torch.arange(end, device=like.device)[None] > position[:, None]
         mask = _added(unseen.repeat_interleave(queries_per_group, dim=0)[None, None], like.dtype)
     index = row.index[:end] if row.first is not None else row.index[:end].to(like.device)
-    return _SingleRow(first=row.first, index=index, length=length, end=end, mask=mask)
+    return _SingleRow(first=row.first, index=index, end=end, mask=mask)
 
 
 def _together(

@@ -108,10 +108,9 @@ class DraftProposer:
 
     def _known(self) -> Speculation:
         if self.speculation is None:
+            self.speculation = Speculation(expected_costs(self.stage), self.stage.segments)
             if self.memory is not None:
-                self.speculation = self.memory.recall(self.stage.segments, lambda: expected_costs(self.stage))
-            else:
-                self.speculation = Speculation(expected_costs(self.stage), self.stage.segments)
+                self.memory.recall(self.speculation)
         return self.speculation
 
 

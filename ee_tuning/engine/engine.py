@@ -186,8 +186,8 @@ class Engine:
         if len(self.in_flight) and self.scheduler.is_short:
             tokens += self._update(self.in_flight.finish())
             self._catch_up()  # or a sequence that begins its next step at once would have too many tokens
-        rows = self._plan()
-        finished = self.in_flight.start(rows)
+        scheduled = self.scheduler.schedule(self.in_flight.busy)
+        finished = self.in_flight.start([self._row(sequence, len(scheduled)) for sequence in scheduled])
         finished += self.in_flight.finish_due()
         while len(self.in_flight) and len(self.in_flight.busy) == len(self.running):
             finished += self.in_flight.advance()  # no sequence can begin another step
@@ -231,12 +231,8 @@ class Engine:
             self.abort(sequence)
         return [answer.token_id for answer in output.answers]
 
-    def _plan(self) -> list[RowPlan]:
-        """Returns the rows of the next step."""
-        scheduled = self.scheduler.schedule(self.in_flight.busy)
-        return [self._row(sequence, len(scheduled)) for sequence in scheduled]
-
     def _row(self, sequence: Sequence, num_rows: int) -> RowPlan:
+        """Returns the row of a scheduled sequence in a step of `num_rows`."""
         num_new = sequence.num_scheduled - sequence.num_computed[0]
         if not sequence.is_all_scheduled:
             return RowPlan(sequence, self._never, num_asked=0, num_new=num_new)

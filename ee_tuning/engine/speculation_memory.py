@@ -7,7 +7,7 @@ exits before it can plan, which a short process never finishes. Tokens do not de
 import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,7 @@ from typing import Any
 import torch
 
 from ee_tuning.cache_folder import cache_folder
-from ee_tuning.engine.cost_model import Costs
 from ee_tuning.engine.prompt_lookup import MOST_LENGTH, MatchRecord
-from ee_tuning.engine.segments import Segment
 from ee_tuning.engine.speculation import EDGES, ExitRecord, Speculation
 from ee_tuning.engine.stage_model import StageModel
 from ee_tuning.errors import InputError
@@ -41,24 +39,22 @@ class SpeculationMemory:
         self.path, self._key = path, key
         self._rounds_kept = 0
 
-    def recall(self, segments: tuple[Segment, ...], expect: Callable[[], Costs]) -> Speculation:
-        """Returns a Speculation with the stored records, or without any where there is no usable file."""
+    def recall(self, speculation: Speculation) -> None:
+        """Gives `speculation` the stored records, if there is a usable file."""
         try:
             tree = read_json(self.path)
-            records, matches = self._read(tree, segments)
+            records, matches = self._read(tree, speculation.records)
         except FileNotFoundError:
-            return Speculation(expect(), segments)
+            return
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning(
                 "%s is not what speculation kept there, and is made anew: %s",
                 self.path,
                 str(error).replace("\n", " ")[:200],
             )
-            return Speculation(expect(), segments)
-        speculation = Speculation(expect(), segments)
+            return
         speculation.records.update(records)
         speculation.matches = matches
-        return speculation
 
     def keep(self, speculation: Speculation) -> None:
         """Stores the records, if enough of them are new. A folder that can not be written is only logged."""
@@ -74,10 +70,9 @@ class SpeculationMemory:
         except (OSError, InputError) as error:
             log.info("what speculation learnt is not kept: %s", error)
 
-    def _read(self, tree: Any, segments: tuple[Segment, ...]) -> tuple[dict[int, ExitRecord], MatchRecord]:
+    def _read(self, tree: Any, layers: Iterable[int]) -> tuple[dict[int, ExitRecord], MatchRecord]:
         if tree["format"] != FORMAT or tree["key"] != self._key:
             raise ValueError("it is of another format, model or machine")
-        layers = [each.exit_layer for each in segments[:-1] if each.exit_layer is not None]
         records = {layer: ExitRecord(*_counts(tree["records"][str(layer)], len(EDGES))) for layer in layers}
         return records, MatchRecord(*_counts(tree["matches"], MOST_LENGTH + 1))
 

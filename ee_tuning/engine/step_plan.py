@@ -30,9 +30,9 @@ class RowPlan:
     num_new: int = 1
     """Tokens that enter the network in this step."""
     rides: bool = True
-    """Most drafts that the step may make and continue with by itself."""
+    """Whether its pending tokens go along as deep as other rows go, even where it leaves earlier."""
     most_drafts: int = 0
-    """Drafts that the step may go on with at once."""
+    """Most drafts that the step may make and continue with by itself."""
 
     @property
     def last_segment(self) -> int:

@@ -31,7 +31,9 @@ def learnt() -> Speculation:
 
 
 def recalled(path: Path, key: dict[str, object] | None = None, segments: tuple[Segment, ...] = SEGMENTS) -> Speculation:
-    return SpeculationMemory(path, KEY if key is None else key).recall(segments, lambda: OTHER)
+    speculation = Speculation(OTHER, segments)
+    SpeculationMemory(path, KEY if key is None else key).recall(speculation)
+    return speculation
 
 
 def test_what_was_learnt_comes_back(tmp_path: Path) -> None:
