@@ -27,6 +27,7 @@ from ee_tuning.calibration.calibrate import CalibrationResult, ExitObservations,
 from ee_tuning.checkpoint.formats import read_shape
 from ee_tuning.config import Config, load_config, replace
 from ee_tuning.data.frequent_tokens import list_tokens
+from ee_tuning.data.job_samples import load_job_samples
 from ee_tuning.data.loader import batches_of_each
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.data.splits import load_samples
@@ -36,7 +37,6 @@ from ee_tuning.model.partition import final_head_cost, stage_costs
 from ee_tuning.model_config.config import read_model_config
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.sampling.policy import Policy
-from ee_tuning.tuning.command import load_job_samples
 from ee_tuning.tuning.fitting import FitPass, fit_record, fit_samples
 from ee_tuning.tuning.fitting_other import OtherFit
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ee_tuning.calibration.calibrate import ExitObservations, joined, read_exits
 from ee_tuning.config import Config
-from ee_tuning.data.splits import load_samples
-from ee_tuning.data.tokenizer import tokenizer_of
+from ee_tuning.data.job_samples import load_job_samples
 from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
 from ee_tuning.generation.replicas import over_replicas
@@ -30,15 +29,9 @@ def samples_of(config: Config, model: ModelConfig, *, by_document: bool = False)
         )
     if data.valid_paths:
         data = dataclasses.replace(data, paths=data.valid_paths, valid_paths=(), valid_fraction=0.0, split=None)
-    splits = load_samples(
-        data,
-        tokenizer_of(config),
-        seq_length=min(SAMPLE_LENGTH, model.max_position_embeddings),
-        vocab_size=model.vocab_size,
-        max_positions=model.max_position_embeddings,
-        needs_validation=not config.data.valid_paths,
-        trusts_code=config.model.trust_remote_code,
-        by_document=by_document,
+    length, needs_validation = min(SAMPLE_LENGTH, model.max_position_embeddings), not config.data.valid_paths
+    splits = load_job_samples(
+        config, model, data=data, seq_length=length, needs_validation=needs_validation, by_document=by_document
     )
     samples = splits.train if config.data.valid_paths else splits.valid
     assert samples is not None

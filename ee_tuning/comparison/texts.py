@@ -13,9 +13,9 @@ from typing import Any
 from ee_tuning.config import Config, DataSection
 from ee_tuning.data.documents import file_ranges, read_records
 from ee_tuning.data.file_kind import kind_of
+from ee_tuning.data.job_samples import load_job_samples
 from ee_tuning.data.loader import VALIDATION_SEED
 from ee_tuning.data.sources import find_corpora
-from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
@@ -88,14 +88,7 @@ def _write_samples(
 ) -> None:
     tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
     positions = shape.max_position_embeddings
-    splits = load_samples(
-        data,
-        tokenizer_of(config),
-        seq_length=config.tuning.seq_length,
-        vocab_size=shape.vocab_size,
-        max_positions=positions,
-        trusts_code=config.model.trust_remote_code,
-    )
+    splits = load_job_samples(config, shape, data=data, needs_validation=True)
     assert splits.valid is not None
 
     def text(ids: Any) -> str:

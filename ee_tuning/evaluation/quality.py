@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ee_tuning.config import Config
+from ee_tuning.data.job_samples import load_job_samples
 from ee_tuning.data.loader import validation_batches
-from ee_tuning.data.splits import load_samples
-from ee_tuning.data.tokenizer import tokenizer_of
 from ee_tuning.generation.llm import Completion, EarlyExitLLM
 from ee_tuning.losses.loss import token_losses
 from ee_tuning.model.documents import PackedDocuments
@@ -87,14 +86,7 @@ def final_head_loss(llm: EarlyExitLLM, config: Config) -> float:
     For a single process.
     """
     model, tuning = llm.model, config.tuning
-    splits = load_samples(
-        config.data,
-        tokenizer_of(config),
-        seq_length=tuning.seq_length,
-        vocab_size=model.config.vocab_size,
-        max_positions=model.config.max_position_embeddings,
-        trusts_code=config.model.trust_remote_code,
-    )
+    splits = load_job_samples(config, model.config, needs_validation=True)
     loss_sum = num_tokens = 0.0
     for batch in validation_batches(splits.valid, tuning, dp=1, dp_rank=0):
         documents = PackedDocuments.of(batch.document_ids, batch.position_ids, model.topology.device)

@@ -25,6 +25,7 @@ from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import BackboneSource, check_model, open_model
 from ee_tuning.config import Config, replace
 from ee_tuning.data.frequent_tokens import list_tokens
+from ee_tuning.data.job_samples import load_job_samples
 from ee_tuning.errors import InputError
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import RIDGE
@@ -34,7 +35,6 @@ from ee_tuning.parallel.topology import Topology, destroy_parallel, init_paralle
 from ee_tuning.storage.apart import check_apart
 from ee_tuning.storage.owner import owned
 from ee_tuning.storage.tensor_blocks import tensor_blocks
-from ee_tuning.tuning.command import load_job_samples
 from ee_tuning.tuning.settings import check_settings
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ee_tuning.config import Config
-from ee_tuning.data.splits import load_samples
-from ee_tuning.data.tokenizer import tokenizer_of
+from ee_tuning.data.job_samples import load_job_samples
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.layer_stream import SAMPLE_LENGTH, LayerStream, angular_distances, text_ids
 from ee_tuning.model_config.config import ModelConfig
@@ -76,15 +75,9 @@ def _of_file(config: Config, model: ModelConfig, num_samples: int) -> HeldOutTex
 
 def _of_data(config: Config, model: ModelConfig, num_samples: int) -> HeldOutText:
     paths = config.data.valid_paths
-    samples = load_samples(
-        dataclasses.replace(config.data, paths=paths, valid_paths=(), valid_fraction=0.0, split=None),
-        tokenizer_of(config),
-        seq_length=min(SAMPLE_LENGTH, model.max_position_embeddings) - 1,
-        vocab_size=model.vocab_size,
-        max_positions=model.max_position_embeddings,
-        needs_validation=False,
-        trusts_code=config.model.trust_remote_code,
-    ).train
+    data = dataclasses.replace(config.data, paths=paths, valid_paths=(), valid_fraction=0.0, split=None)
+    length = min(SAMPLE_LENGTH, model.max_position_embeddings) - 1
+    samples = load_job_samples(config, model, data=data, seq_length=length, needs_validation=False).train
     order = samples.order(0)
     drawn = [samples.sample(order.sample_at(place)) for place in range(min(num_samples, order.num_distinct))]
     return HeldOutText(

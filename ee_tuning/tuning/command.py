@@ -12,10 +12,9 @@ from ee_tuning.artifact.shapes import as_tuned, with_seq_length
 from ee_tuning.checkpoint.formats import read_shape
 from ee_tuning.config import Config, replace
 from ee_tuning.data.frequent_tokens import list_tokens
+from ee_tuning.data.job_samples import load_job_samples
 from ee_tuning.data.loader import count_microbatches
-from ee_tuning.data.splits import load_samples
-from ee_tuning.data.tokenizer import tokenizer_of
-from ee_tuning.data.tokens import Samples, Splits
+from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
 from ee_tuning.model.early_exit import layer_parts
 from ee_tuning.model.exit_spec import ListedTokens
@@ -198,20 +197,3 @@ class _Texts:
             config = replace(self._config, tuning={"eval_iters": 0})  # a conversion runs no validation
             self._samples = load_job_samples(config, self._model, topology).train
         return self._samples
-
-
-def load_job_samples(config: Config, model: ModelConfig, topology: Topology) -> Splits:
-    """Loads the training and validation samples of a job for `model`. All ranks call it.
-
-    Raises InputError where its texts can not be used.
-    """
-    return load_samples(
-        config.data,
-        tokenizer_of(config),
-        seq_length=config.tuning.seq_length,
-        vocab_size=model.vocab_size,
-        max_positions=model.max_position_embeddings,
-        needs_validation=config.tuning.eval_iters > 0,
-        topology=topology,
-        trusts_code=config.model.trust_remote_code,
-    )

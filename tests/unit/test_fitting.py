@@ -23,6 +23,7 @@ from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.checkpoint.formats import read_shape
 from ee_tuning.config import Config, ParallelSection, load_config
+from ee_tuning.data.job_samples import load_job_samples
 from ee_tuning.data.loader import validation_batches
 from ee_tuning.errors import InputError
 from ee_tuning.export.export_artifact import ExitChoice, export_artifact
@@ -30,7 +31,7 @@ from ee_tuning.model.fit import RIDGE, FitSums, solved_of_rank
 from ee_tuning.model_config.config import read_model_config
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning import command
-from ee_tuning.tuning.command import convert_by_texts, load_job_samples, tune_within
+from ee_tuning.tuning.command import convert_by_texts, tune_within
 from ee_tuning.tuning.fitting import fit_exits
 
 pytestmark = pytest.mark.slow

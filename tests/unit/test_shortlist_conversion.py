@@ -18,12 +18,13 @@ from ee_tuning.artifact.exit_heads import ExitHeadsReader, read_exit_config
 from ee_tuning.checkpoint.formats import read_shape
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.frequent_tokens import TokenCounts, chosen_size
+from ee_tuning.data.job_samples import load_job_samples
 from ee_tuning.errors import InputError
 from ee_tuning.export.export_artifact import ExitChoice, export_artifact
 from ee_tuning.model.fit import RIDGE
 from ee_tuning.model_config.config import read_model_config
 from ee_tuning.parallel.topology import init_parallel
-from ee_tuning.tuning.command import convert_by_texts, load_job_samples
+from ee_tuning.tuning.command import convert_by_texts
 
 TEXT = " ".join(f"the {number} of {number * number} and {number % 7} more" for number in range(400))
 SIZE = 12

@@ -16,8 +16,9 @@ from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.checkpoint.formats import read_shape
 from ee_tuning.cli import main
 from ee_tuning.config import load_config
+from ee_tuning.data.job_samples import load_job_samples
 from ee_tuning.parallel.topology import init_parallel
-from ee_tuning.tuning.command import convert_by_texts, load_job_samples
+from ee_tuning.tuning.command import convert_by_texts
 
 LISTED = (3, 4, 7, 90, 256)
 SIZE = 20
