@@ -18,6 +18,7 @@ from ee_tuning.config import TuningSection
 from ee_tuning.parallel.stage_copies import StageCopies
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.tensor_slice import Shard
+from ee_tuning.tuning.optimizer import adamw
 from ee_tuning.tuning.trained_rows import TrainedRows
 
 _BUCKET = 2**24
@@ -62,27 +63,7 @@ class BackboneOptimizer:
             rows = each.parameter.detach()[self._own_rows(each.parameter)]
             master = torch.promote_types(rows.dtype, torch.float32)
             self._masters[name] = nn.Parameter(rows.to(master, copy=True))
-        decayed = [p for p in self._masters.values() if p.dim() > 1]
-        others = [p for p in self._masters.values() if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": tuning.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self._adam = (
-            torch.optim.AdamW(
-                [group for group in groups if group["params"]],
-                lr=tuning.lr,
-                eps=tuning.adam_eps,
-                betas=(tuning.adam_beta1, tuning.adam_beta2),
-                fused=True,
-            )
-            if trained
-            else None
-        )
-        for parameter in self._masters.values():  # now, so that a checkpoint always has the same tensors
-            assert self._adam is not None
-            self._adam.state[parameter] = {
-                "step": torch.zeros((), device=topology.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self._adam = adamw(self._masters.values(), tuning, topology.device) if trained else None
 
     def choose(self, names: frozenset[str]) -> None:
         """Trains the stored tensors `names` from now on, and freezes the others, with their moments."""

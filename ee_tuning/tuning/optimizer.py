@@ -7,6 +7,7 @@ tokens of the global batch, so every number of replicas takes the same step.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -67,25 +68,7 @@ class ExitOptimizer:
             if topology.tp > 1
             else []
         )
-        decayed = [p for p in self.parameters.values() if p.dim() > 1]
-        others = [p for p in self.parameters.values() if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": tuning.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.adam = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=tuning.lr,
-            eps=tuning.adam_eps,
-            betas=(tuning.adam_beta1, tuning.adam_beta2),
-            fused=True,
-        )
-        for (
-            parameter
-            # created before the first step, so that a checkpoint always has the same tensors
-        ) in self.parameters.values():
-            self.adam.state[parameter] = {
-                "step": torch.zeros((), device=topology.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self.adam = adamw(self.parameters.values(), tuning, topology.device)
 
     @property
     def trains(self) -> bool:
@@ -148,6 +131,30 @@ class ExitOptimizer:
             self.adam.step()
         self.adam.zero_grad()
         return norm, is_believed
+
+
+def adamw(parameters: Iterable[nn.Parameter], tuning: TuningSection, device: torch.device) -> torch.optim.AdamW:
+    """Returns the AdamW of at least one parameter, with weight decay for matrices only.
+
+    Its moments exist before the first step, so that a checkpoint always has the same tensors.
+    """
+    listed = list(parameters)
+    decayed, others = [p for p in listed if p.dim() > 1], [p for p in listed if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": tuning.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=tuning.lr,
+        eps=tuning.adam_eps,
+        betas=(tuning.adam_beta1, tuning.adam_beta2),
+        fused=True,
+    )
+    for parameter in listed:
+        adam.state[parameter] = {
+            "step": torch.zeros((), device=device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return adam
 
 
 @part("optimizer")
