@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,22 @@ from ee_tuning.parallel.stage_copies import StageCopies
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.tensor_slice import Shard
 from ee_tuning.tuning.optimizer import adamw
-from ee_tuning.tuning.trained_rows import TrainedRows
 
 _BUCKET = 2**24
 """Fewest numbers that one collective sums, where there are as many."""
+
+
+class TrainedRows(NamedTuple):
+    """Master weights and moments of some rows, this rank's of a trained parameter, as a checkpoint holds them."""
+
+    plan: Shard
+    """The stored tensors' slices that make up this tensor-parallel rank's part of the parameter."""
+    first_row: int
+    """The first row of that part that this replica holds."""
+    tensors: dict[str, Tensor]
+    """`master`, `exp_avg` and `exp_avg_sq`: the rows, as views."""
+    replica: int
+    """This rank's place among the tensor-parallel ranks, and stages, that hold the same rows; 0 writes them."""
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,8 @@ from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.manifest import check_file, read_manifest
 from ee_tuning.storage.metadata_pickle import check_metadata_pickle
 from ee_tuning.storage.tensor_slice import Shard
-from ee_tuning.tuning.backbone_optimizer import BackboneOptimizer
+from ee_tuning.tuning.backbone_optimizer import BackboneOptimizer, TrainedRows
 from ee_tuning.tuning.optimizer import ExitOptimizer
-from ee_tuning.tuning.trained_rows import TrainedRows
 
 CHECKPOINTS, LATEST, PROGRESS = "checkpoints", "latest", "progress.json"
 _BACKBONE_COUNT = "backbone.num_updates"
