@@ -35,7 +35,6 @@ from ee_tuning.data.tokens import Splits
 from ee_tuning.losses.loss import linear_loss
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitHead
-from ee_tuning.model.head_kinds import build_exit_head
 from ee_tuning.model_config.config import read_model_config
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning import exit_trainer
@@ -238,7 +237,7 @@ class BareWork:
 
 
 def _copy(head: ExitHead, model: EarlyExitModel) -> ExitHead:
-    own = build_exit_head(
+    own = type(head)(
         head.spec, model.config, model.topology, dtype=model.plan.dtype, tied_weight=None, angles=model.backbone.angles
     )
     own.load_state_dict(head.state_dict())

@@ -17,7 +17,7 @@ from ee_tuning.model.backbone import BackboneStage
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_head import ExitHead, ExitInput
 from ee_tuning.model.exit_spec import ExitSpec
-from ee_tuning.model.head_kinds import build_exit_head
+from ee_tuning.model.head_kinds import HEAD_CLASSES
 from ee_tuning.model.sequence_parallel import gather_sequence, local_sequence, scatter_sequence
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.draft_vocab import draft_vocab
@@ -130,7 +130,7 @@ class EarlyExitModel(nn.Module):
         tied = self.backbone.output_layer.weight if plan.ties_output else None
         self.exit_heads = nn.ModuleDict(
             {
-                str(spec.layer): build_exit_head(
+                str(spec.layer): HEAD_CLASSES[spec.architecture](
                     spec,
                     config,
                     topology,

@@ -130,7 +130,7 @@ class ExitHead(nn.Module, ABC):
 
     `tied_weight` is the backbone's frozen output matrix [v/tp, h], for tied exits; `angles` [positions, d] are its
     rotations. `cuts_sequence`: the input is each rank's part of the sequence, and `project` gets all of it. Parameters
-    are named as in `artifact/exit_names.py`.
+    are named as in `artifact/exit_names.py`, and uninitialized.
     """
 
     takes_mlp_input = False
@@ -147,7 +147,7 @@ class ExitHead(nn.Module, ABC):
         dtype: torch.dtype,
         tied_weight: Tensor | None,
         angles: Tensor,
-        cuts_sequence: bool,
+        cuts_sequence: bool = False,
     ):
         super().__init__()
         self.spec, self.config, self.cuts_sequence, self._group = spec, config, cuts_sequence, topology.tp_group

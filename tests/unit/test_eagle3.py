@@ -15,7 +15,6 @@ from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.draft_spec import DraftSpec
 from ee_tuning.model.eagle3 import Eagle3Head
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.head_kinds import build_exit_head
 from ee_tuning.model_config.config import RopeConfig
 from ee_tuning.parallel.topology import init_parallel
 
@@ -28,7 +27,7 @@ def make_head(model_config: Any, draft: DraftSpec, seed: int = 0) -> tuple[Eagle
     from ee_tuning.model.exit_spec import ExitSpec
 
     spec = ExitSpec(layer=model_config.num_layers, architecture="eagle3", ties_output=False, draft=draft)
-    head = build_exit_head(
+    head = Eagle3Head(
         spec,
         model_config,
         init_parallel(ParallelSection()),
