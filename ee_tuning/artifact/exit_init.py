@@ -135,10 +135,8 @@ class InitialExits:
 
     def _linear(self, layer: int, part: str) -> Tensor:
         """Returns a tensor of an exit's linear map. Without a fit it is the identity."""
-        width, rank = (
-            self.config.hidden_size,
-            next(head.linear_rank for head in self.exits.heads if head.layer == layer),
-        )
+        width = self.config.hidden_size
+        rank = next(head.linear_rank for head in self.exits.heads if head.layer == layer)
         found = self._maps.get(layer, torch.zeros(width, 2 * rank + 1) if rank else torch.eye(width, width + 1))
         return {
             "bias": found[:, -1],

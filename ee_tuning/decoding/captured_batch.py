@@ -90,12 +90,10 @@ class GraphCache:
 
     def __init__(self, tables: tuple[Tensor, Tensor], *, width: int, num_places: int, bytes_per_place: int):
         """`tables` as AttentionMetadata has them; `width` is h."""
-        self._tables, self._width, self._spare_block, self._bytes_per_place = (
-            tables,
-            width,
-            num_places // BLOCK_SIZE,
-            bytes_per_place,
-        )
+        self._tables = tables
+        self._width = width
+        self._spare_block = num_places // BLOCK_SIZE
+        self._bytes_per_place = bytes_per_place
         self._longest = -(-len(tables[0]) // BLOCK_SIZE) * BLOCK_SIZE
         self._ways = [way for way in BEST_FIRST if way.is_there(tables[0])]
         self._made: dict[tuple[int, type[CapturedAttention], int], CapturedBatch] = {}
@@ -105,10 +103,8 @@ class GraphCache:
         """Returns the captured batch for these tokens; None where they are too many, or no attention supports their
         places.
         """
-        count, ends = (
-            padded_count(sum(lengths)),
-            [start + length for start, length in zip(starts, lengths, strict=True)],
-        )
+        count = padded_count(sum(lengths))
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
         num_reread = sum([(length - 1) * end for length, end in zip(lengths, ends, strict=True)])
         if count is None or num_reread * self._bytes_per_place > MOST_REREAD:
             return None

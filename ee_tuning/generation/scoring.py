@@ -215,10 +215,8 @@ class _Scorer:
         labels = torch.tensor([label for row in rows for _, label in row.asked], device=device)
         if self.topology.is_first_stage:
             tokens = torch.tensor([row.tokens + [0] * (length - len(row.tokens)) for row in rows], device=device)
-            hidden, stays = (
-                self.model.embed(tokens),
-                torch.ones(len(self.policies), len(places), dtype=torch.bool, device=device),
-            )
+            hidden = self.model.embed(tokens)
+            stays = torch.ones(len(self.policies), len(places), dtype=torch.bool, device=device)
         else:
             dtype = self.model.plan.dtype
             hidden = self.link.receive(length * len(rows), width, dtype).view(length, len(rows), width)

@@ -39,10 +39,8 @@ class LossChunk:
     ) -> None:
         """Overwrites `logits`."""
         local = (labels - vocab.first)[:, None]
-        self._column, self._is_here = (
-            local.clamp(0, max(vocab.true_rows - 1, 0)),
-            (local >= 0) & (local < vocab.true_rows),
-        )
+        self._column = local.clamp(0, max(vocab.true_rows - 1, 0))
+        self._is_here = (local >= 0) & (local < vocab.true_rows)
         self._vocab, self._teacher_chunk, self.per_token = vocab, teacher_chunk, {}
         shifted = logits.sub_(vocab.max_over_shards(row_maxima(logits)))
         if teacher_chunk is not None and teacher_chunk.likeliest is not None:

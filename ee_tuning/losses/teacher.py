@@ -210,10 +210,8 @@ def top_k_teacher(
     """
     k, tokens = min(k, vocab.size), hidden.reshape(-1, hidden.shape[-1])
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    ids, probabilities = (
-        tokens.new_empty(len(tokens), k, dtype=torch.int64),
-        tokens.new_empty(len(tokens), k, dtype=dtype),
-    )
+    ids = tokens.new_empty(len(tokens), k, dtype=torch.int64)
+    probabilities = tokens.new_empty(len(tokens), k, dtype=dtype)
     for start in range(0, len(tokens), chunk_tokens):
         part = slice(start, start + chunk_tokens)
         said = _class_logits(tokens[part], weight, vocab, dtype)

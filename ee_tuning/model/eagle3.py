@@ -98,10 +98,8 @@ class DraftLayer(nn.Module):
         super().__init__()
         self.config, self.norm_before_residual, self.cuts_sequence = config, norm_before_residual, cuts_sequence
         self.group = topology.tp_group if topology.tp > 1 else None
-        self.num_heads, self.num_groups = (
-            config.num_attention_heads // topology.tp,
-            config.num_query_groups // topology.tp,
-        )
+        self.num_heads = config.num_attention_heads // topology.tp
+        self.num_groups = config.num_query_groups // topology.tp
         width, inner = config.kv_channels, config.num_attention_heads * config.kv_channels // topology.tp
         self.input_layernorm, self.hidden_norm = exit_norm(config, **tensor), exit_norm(config, **tensor)
         self.post_attention_layernorm = exit_norm(config, **tensor)

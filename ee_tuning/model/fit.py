@@ -70,11 +70,9 @@ def solved_of_rank(sums: Tensor, rank: int) -> Tensor:  # [h + 1, 2h + 1] float6
     C.
     """
     width, ridged = sums.shape[0] - 1, _ridged(sums)
-    number, of_states, of_change = (
-        sums[width, width],
-        sums[:width, width],
-        sums[width, width + 1 :] - sums[width, :width],
-    )
+    number = sums[width, width]
+    of_states = sums[:width, width]
+    of_change = sums[width, width + 1 :] - sums[width, :width]
     whole = _solved(ridged, sums[:, width + 1 :] - sums[:, :width], width + 1)[:, :-1]
     found = torch.full((width, num_columns(width, rank)), torch.nan, dtype=torch.float64)
     if not whole.isfinite().all():

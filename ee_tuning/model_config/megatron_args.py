@@ -133,10 +133,8 @@ def model_config_from_megatron(arguments: Mapping[str, Any], path: Path) -> Mode
     dtype = str(arguments.get("params_dtype") or "float32").removeprefix("torch.")
     epsilon = arguments.get("norm_epsilon", arguments.get("layernorm_epsilon", 1e-5))
     if arguments.get("num_experts"):
-        family, numbers = (
-            _WITH_EXPERTS.get(family, family),
-            {**numbers, **_expert_fields(arguments, family, numbers, path)},
-        )
+        numbers = {**numbers, **_expert_fields(arguments, family, numbers, path)}
+        family = _WITH_EXPERTS.get(family, family)
     config = ModelConfig(
         family=family,
         activation=_activation(arguments),
@@ -281,10 +279,8 @@ def _family(arguments: Mapping[str, Any], path: Path) -> Family:
 
 
 def _expert_fields(arguments: Mapping[str, Any], family: Family, numbers: dict[str, Any], path: Path) -> dict[str, Any]:
-    experts, topk = (
-        _number(arguments, "num_experts", path),
-        _number({"moe_router_topk": 2, **arguments}, "moe_router_topk", path),
-    )
+    experts = _number(arguments, "num_experts", path)
+    topk = _number({"moe_router_topk": 2, **arguments}, "moe_router_topk", path)
     shares = bool(arguments.get("moe_router_pre_softmax", False))
     if family not in _WITH_EXPERTS or (family == "llama" and shares):
         raise InputError(

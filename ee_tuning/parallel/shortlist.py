@@ -111,10 +111,8 @@ class Shortlist(VocabShard):
         if logits.shape[-1]:
             largest, column = logits.max(-1)
         else:  # this shard holds padding only
-            largest, column = (
-                logits.new_full((len(logits),), -torch.inf),
-                torch.zeros(len(logits), dtype=torch.int64, device=logits.device),
-            )
+            largest = logits.new_full((len(logits),), -torch.inf)
+            column = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         ids = column + self.whole.first
         if self.world_size > 1:
             winner = self.gather(largest).argmax(0)  # shards are in the order of their ids

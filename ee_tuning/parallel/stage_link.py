@@ -48,10 +48,8 @@ class StageLink:
     def receive(self, num_tokens: int, width: int, dtype: torch.dtype) -> Tensor:  # [t, h]
         """Receives the oldest pending hidden states of the previous stage."""
         began = time.perf_counter()
-        hidden, peer = (
-            torch.empty(num_tokens, width, dtype=dtype, device=self._topology.device),
-            self._topology.stage - 1,
-        )
+        hidden = torch.empty(num_tokens, width, dtype=dtype, device=self._topology.device)
+        peer = self._topology.stage - 1
         with hang_watchdog(self._topology, f"hidden states from stage {peer} (rank {self._topology.pp_ranks[peer]})"):
             irecv(hidden, self._topology.pp_ranks[peer], self._topology.pp_group).wait()
         self.seconds_waited += time.perf_counter() - began

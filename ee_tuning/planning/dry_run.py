@@ -97,10 +97,8 @@ def dry_run(config: Config, world_size: int | None) -> None:
     )
     for each in profiles:
         which = f"stage {each.stages[0]}" if len(each.stages) == 1 else f"stages {', '.join(map(str, each.stages))}"
-        (first, last), exits = (
-            each.layers[0],
-            f"exits after {', '.join(map(str, each.exits[0]))}" if each.exits[0] else "no exit",
-        )
+        first, last = each.layers[0]
+        exits = f"exits after {', '.join(map(str, each.exits[0]))}" if each.exits[0] else "no exit"
         print(
             f"{which}: rank {each.rank}, layers {first}..{last}, {exits}; "
             f"{sum(each.memory.values()) / 1e9:.1f} GB at the most; {each.seconds:.1f} s"

@@ -95,10 +95,8 @@ class EarlyExitLM(TemplateLM):
         self.driver, llm = driver, driver.llm
         self.policy = given or llm.policy(with_options(llm.defaults, options))
         self.tokenizer, self._beginning = llm.tokenizer, beginning_ids(llm.tokenizer)
-        self.batch_size, self._template = (
-            batch_rows(batch_size, llm.defaults.max_batch_size),
-            ChatTemplate(llm.tokenizer, chat_template),
-        )
+        self.batch_size = batch_rows(batch_size, llm.defaults.max_batch_size)
+        self._template = ChatTemplate(llm.tokenizer, chat_template)
         self.left: dict[str, Counter[int]] = {"loglikelihood": Counter(), "generate_until": Counter()}
         """Kind of request -> layer -> number of tokens that left there."""
 

@@ -13,11 +13,9 @@ class Throughput:
 
     def __init__(self, tokens_per_step: int, flops_per_token: float, seconds_waited: Callable[[], float]) -> None:
         """`seconds_waited` returns the seconds that this stage has waited for others since the run began."""
-        self._tokens_per_step, self._flops_per_token, self._seconds_waited = (
-            tokens_per_step,
-            flops_per_token,
-            seconds_waited,
-        )
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._seconds_waited = seconds_waited
         self._num_steps, self._seconds, self._waited = 0, 0.0, 0.0
         self._at = (time.perf_counter(), seconds_waited())
 

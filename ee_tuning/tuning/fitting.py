@@ -124,11 +124,9 @@ class FitPass:
         )
         self._relay, self._feedback = kind(topology, shape, dtype), Feedback(topology, shape, dtype, student_stages)
         self._is_student, self._chunk_tokens = topology.stage in student_stages, tuning.loss_chunk_tokens
-        self._forward_length, self._cache, self._joined = (
-            tuning.forward_chunk_length,
-            KeyValueCache(),
-            JoinedChunks(self._model),
-        )
+        self._forward_length = tuning.forward_chunk_length
+        self._cache = KeyValueCache()
+        self._joined = JoinedChunks(self._model)
         has_list = bool(self._exits.token_ids) and topology.is_last_stage
         self.other = OtherFit(self._model, self._exits.token_ids, topology) if has_list else None
         """The fit of the shortlist's row of "any other token", on the last stage."""

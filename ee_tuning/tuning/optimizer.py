@@ -42,12 +42,10 @@ class ExitOptimizer:
     """One exit head and its AdamW. `loss_weight` 0 freezes the head."""
 
     def __init__(self, head: ExitHead, loss_weight: float, tuning: TuningSection, topology: Topology):
-        self.layer, self.loss_weight, self._clip, self._device = (
-            head.exit_layer,
-            loss_weight,
-            tuning.clip_grad,
-            topology.device,
-        )
+        self.layer = head.exit_layer
+        self.loss_weight = loss_weight
+        self._clip = tuning.clip_grad
+        self._device = topology.device
         self._largest_norm = tuning.skip_grad_norm or math.inf
         dtype = next(head.parameters()).dtype
         master = torch.promote_types(dtype, torch.float32)

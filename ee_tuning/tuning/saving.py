@@ -32,11 +32,9 @@ class Saver:
 
     def __init__(self, trained: Trained, config: ModelConfig, tuning: TuningSection, topology: Topology) -> None:
         self._trained, self._config, self._training_topology = trained, config, topology
-        self._folder, self._keep, self._is_async = (
-            Path(tuning.run_folder) / CHECKPOINTS,
-            tuning.keep_checkpoints,
-            tuning.async_save,
-        )
+        self._folder = Path(tuning.run_folder) / CHECKPOINTS
+        self._keep = tuning.keep_checkpoints
+        self._is_async = tuning.async_save
         self._topology = dataclasses.replace(topology, world_control=topology.save_control)
         self._copy = PinnedStaging([tensor for _, tensor in self._own_state()])
         self._thread: threading.Thread | None = None
