@@ -185,27 +185,9 @@ def run_step(shape: Shape, step: Step, dtype: torch.dtype) -> None:
 
 
 _ARGUMENTS: dict[str, list[Any]] = {
-    "run_layers": [
-        ctypes.POINTER(Shape),
-        ctypes.POINTER(Layer),
-        _INTEGER,
-        ctypes.POINTER(Pass),
-        _POINTER,
-        _POINTER,
-        _POINTER,
-        _POINTER,
-    ],
+    "run_layers": [ctypes.POINTER(Shape), ctypes.POINTER(Layer), _INTEGER, ctypes.POINTER(Pass), *[_POINTER] * 4],
     "run_step": [ctypes.POINTER(Shape), ctypes.POINTER(Step)],
-    "run_head": [
-        ctypes.POINTER(Shape),
-        ctypes.POINTER(Head),
-        _INTEGER,
-        _INTEGER,
-        _POINTER,
-        _POINTER,
-        _POINTER,
-        _POINTER,
-    ],
+    "run_head": [ctypes.POINTER(Shape), ctypes.POINTER(Head), _INTEGER, _INTEGER, *[_POINTER] * 4],
 }
 
 
