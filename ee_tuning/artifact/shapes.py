@@ -7,7 +7,6 @@ slice of every parameter has its place.
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ee_tuning.artifact.convert import check_output_vocab, described_exits
 from ee_tuning.artifact.exit_config import read_exit_config
@@ -16,10 +15,9 @@ from ee_tuning.artifact.load import Sources
 from ee_tuning.checkpoint.formats import has_weights, model_folder, open_model, read_shape
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.config import Config, ExitsSection, replace
-from ee_tuning.errors import InputError
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model_config.config import ModelConfig, read_model_config
-from ee_tuning.storage.tensor_slice import TensorShape
+from ee_tuning.storage.shapes_only import ShapesOnly
 
 DEFAULT_SEQ_LENGTH = 2048
 """Default tokens per sequence of tuning, where the model has as many positions."""
@@ -28,36 +26,6 @@ DEFAULT_CHUNK_LENGTH = 4096
 """
 LARGEST_AUTO = 16384
 """Size of a shortlist whose texts are to decide it but have not been read. Most texts choose fewer tokens."""
-
-
-class ShapesOnly:
-    """A source of tensors without content, which otherwise behaves like a checkpoint."""
-
-    def __init__(self, shapes: dict[str, TensorShape], dtype: torch.dtype):
-        self._shapes, self._dtype = shapes, dtype
-
-    def shape(self, name: str) -> TensorShape:
-        """Returns the shape of the whole tensor."""
-        return self._shapes[name]
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Returns the stored dtype."""
-        return self._dtype
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Returns rows [stop - start, …], uninitialized."""
-        return torch.empty(self._shapes[name], dtype=self._dtype)[start:stop]
-
-    def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """Returns columns [n, stop - start], uninitialized."""
-        return torch.empty(self._shapes[name], dtype=self._dtype)[:, start:stop]
-
-    def check_shape(self, name: str, shape: TensorShape) -> None:
-        """Raises InputError where the model has no such tensor, or one of another shape."""
-        if self._shapes.get(name) != shape:
-            raise InputError(
-                f"the model's config gives {name} the shape {self._shapes.get(name)}, and {shape} is asked for"
-            )
 
 
 def shape_sources(config: Config) -> Sources:

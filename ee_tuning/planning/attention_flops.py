@@ -12,6 +12,11 @@ _BY_ROWS = ("torch_attn::_varlen_attn", "aten::_flash_attention_")
 """Operations on concatenated sequences. All rows are counted as long as the longest one."""
 
 
+def is_attention(name: str) -> bool:
+    """Whether the operation `name` is attention, whose operations `attention_flops` counts."""
+    return name.startswith((*_DENSE, *_BY_ROWS))
+
+
 def attention_flops(name: str, arguments: dict[str, Any]) -> int | None:
     """Returns the multiplications and additions of the operation `name`, or None if it is not attention.
 

@@ -3,15 +3,17 @@
 Nothing is computed, and nothing here models the code: the tracker sees the operations that the real code calls.
 """
 
+import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch._dynamo  # imported here, because torch's optimizers would import it while tensors are fake
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -21,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ee_tuning.planning.attention_flops import attention_flops
+from ee_tuning.planning.attention_flops import attention_flops, is_attention
 
 _READS_A_NUMBER = torch.ops.aten._local_scalar_dense.default
+_READS_A_DEVICE = torch.ops.prim.device.default
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -95,10 +98,16 @@ class MemoryTracker(TorchDispatchMode):
                 self._live[new] += block.size
                 self._blocks[key] = block._replace(kind=new)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch's wrapper against its compiler costs time at each operation, and nothing is compiled here
+
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Tracks one operation."""
+        if function is _READS_A_DEVICE and isinstance(args[0], FakeTensor):  # half of all that is dispatched
+            return args[0].device
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it is dispatched again as operations on the DTensor's local tensor
         kwargs = kwargs or {}
@@ -107,11 +116,12 @@ class MemoryTracker(TorchDispatchMode):
         result = function(*args, **kwargs)
         if self._is_paused:
             return result
-        if function.namespace == "c10d":
-            self._note_traffic(args, rounds=2 if "allreduce" in function._schema.name else 1)
-        else:
-            self.flops[self.phase] += _flops(function, args, kwargs, result)
-        for each in tree_leaves(result):
+        kind = _kind_of(function)
+        if kind.rounds:
+            self._note_traffic(args, kind.rounds)
+        elif kind.flops is not None:
+            self.flops[self.phase] += kind.flops(args, kwargs, result)
+        for each in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(each, FakeTensor):
                 self._note(each.untyped_storage(), self.phase)
         return result
@@ -151,12 +161,35 @@ class _Block(NamedTuple):
     kind: str
 
 
-def _flops(function: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
-    given = {**dict(zip((each.name for each in function._schema.arguments), args, strict=False)), **kwargs}
-    if (flops := attention_flops(function._schema.name, given)) is not None:
-        return flops
+class _Operation(NamedTuple):
+    """The costs of an operation beside memory."""
+
+    rounds: int
+    """Times that a collective passes its tensor on; 0 of other operations."""
+    flops: Callable[[Any, dict[str, Any], Any], int] | None
+    """Floating-point operations by positional arguments, named ones and the result; None where it has none."""
+
+
+@functools.cache
+def _kind_of(function: Any) -> _Operation:
+    name = function._schema.name
+    if function.namespace == "c10d":
+        return _Operation(2 if "allreduce" in name else 1, None)
+    if is_attention(name):
+        names = [each.name for each in function._schema.arguments]
+
+        def of_attention(args: Any, kwargs: dict[str, Any], result: Any) -> int:
+            flops = attention_flops(name, {**dict(zip(names, args, strict=False)), **kwargs})
+            assert flops is not None
+            return flops
+
+        return _Operation(0, of_attention)
     count = flop_registry.get(function._overloadpacket)
-    return 0 if count is None else count(*args, **kwargs, out_val=result)
+    return _Operation(0, None if count is None else partial(_counted, count))
+
+
+def _counted(count: Callable[..., int], args: Any, kwargs: dict[str, Any], result: Any) -> int:
+    return count(*args, **kwargs, out_val=result)
 
 
 def _a_number(dtype: torch.dtype) -> bool | float | int:

@@ -17,6 +17,7 @@ from ee_tuning.storage.links import check_links
 from ee_tuning.storage.missing_weights import no_weights
 from ee_tuning.storage.open_files import unreadable
 from ee_tuning.storage.safetensors_file import DTYPES, SafetensorsFile, TensorEntry, TensorRange
+from ee_tuning.storage.shapes_only import ShapesOnly
 from ee_tuning.storage.tensor_slice import Shard, TensorShape, TensorSlice
 
 
@@ -43,6 +44,8 @@ def read_shard(source: TensorSource, shard: Shard, dtype: torch.dtype) -> Tensor
     """Reads the shard as one contiguous tensor of `dtype`. Raises InputError where a tensor is missing or has a wrong
     shape.
     """
+    if isinstance(source, ShapesOnly):
+        return source.shard(shard, dtype)
     out = torch.empty(shard.shape, dtype=dtype)
     row = 0
     for piece in shard.pieces:
