@@ -230,7 +230,7 @@ def _convert_scalar(value: Any, hint: type, where: str, name: str) -> Any:
             raise InputError(f"{where}: {name} must be a number, got nan")
         if isinstance(value, float) and math.isinf(value) and name not in _MAY_BE_INFINITE:
             raise InputError(f"{where}: {name} must be a number, got {value}, which is not finite")
-        if hint is int and abs(value) >= 2**64:  # a seed may have 64 bits
+        if hint is int and isinstance(value, int) and abs(value) >= 2**64:  # a seed may have 64 bits
             raise InputError(
                 f"{where}: {name} must be a whole number of at most 64 bits, got one of {len(str(value))} digits"
             )

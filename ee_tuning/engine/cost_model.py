@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from ee_tuning.engine.stage_model import StageModel
 
-COUNTS = (1, 4, 16)
+COUNTS = (1, 6, 16)
 """Tokens of passes whose costs are known."""
-SHARE_OF_ONE_MORE = {"cache": 0.2, "cpu": 0.1, "cuda": 0.01}
-"""The expected cost of one more token in a pass, as a share of a pass of one token, by where the weights lie: in a
-processor's cache, where they are read faster, in its memory, or on a GPU.
+GROWTH = {"cache": (1.0, 2.0, 4.0), "cpu": (1.0, 1.25, 2.4), "cuda": (1.0, 1.05, 1.15)}
+"""The expected costs of passes of COUNTS tokens, in passes of one token, by where the weights lie: in a processor's
+cache, where they are read faster, in its memory, where reading them hides most of the arithmetic of the first tokens,
+or on a GPU.
 """
 CACHE_BYTES = 64 << 20
 """Bytes below which a model is assumed to lie in the cache. One number, since every rank has to plan alike."""
@@ -50,7 +51,7 @@ def expected_costs(stage: StageModel) -> Costs:
     heads_width = (2 * config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels
     layer, matrix = mlp + config.hidden_size * heads_width, config.hidden_size * config.vocab_size
     num_bytes = (config.num_layers * layer + matrix) * plan.dtype.itemsize
-    growth = [1 + share_of_one_more(stage.topology.device.type, num_bytes) * (count - 1) for count in COUNTS]
+    growth = expected_growth(stage.topology.device.type, num_bytes)
 
     def curve(num_parameters: float) -> Curve:
         return tuple(num_parameters * plan.dtype.itemsize * factor for factor in growth)
@@ -62,13 +63,11 @@ def expected_costs(stage: StageModel) -> Costs:
     return Costs(tuple(segments), heads, curve(matrix))
 
 
-def share_of_one_more(device: str, num_bytes: int) -> float:
-    """Returns the expected cost of one more token in a pass of a model of this many bytes, as a share of a pass of one
-    token.
-    """
+def expected_growth(device: str, num_bytes: int) -> Curve:
+    """Returns the expected costs of passes of COUNTS tokens of a model of this many bytes, in passes of one token."""
     if device != "cpu":
-        return SHARE_OF_ONE_MORE["cuda"]
-    return SHARE_OF_ONE_MORE["cache" if num_bytes < CACHE_BYTES else "cpu"]
+        return GROWTH["cuda"]
+    return GROWTH["cache" if num_bytes < CACHE_BYTES else "cpu"]
 
 
 def head_cost(costs: Costs, num_tokens: float) -> float:
