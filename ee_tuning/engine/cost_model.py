@@ -7,7 +7,7 @@ from ee_tuning.engine.stage_model import StageModel
 
 COUNTS = (1, 6, 16)
 """Tokens of passes whose costs are known."""
-GROWTH = {"cache": (1.0, 2.0, 4.0), "cpu": (1.0, 1.25, 2.4), "cuda": (1.0, 1.05, 1.15)}
+GROWTH = {"cache": (1.0, 2.0, 4.0), "cpu": (1.0, 1.3, 2.5), "cuda": (1.0, 1.05, 1.15)}
 """The expected costs of passes of COUNTS tokens, in passes of one token, by where the weights lie: in a processor's
 cache, where they are read faster, in its memory, where reading them hides most of the arithmetic of the first tokens,
 or on a GPU.
