@@ -4,6 +4,7 @@ Nothing in the folder is trusted: broken, missing or duplicate tensors, and name
 the file's name.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -222,3 +223,30 @@ def _read_index(path: Path) -> dict[str, str]:
                 f"{path}: tensor {name} must be in a file of this very folder, got {file!r}; fetch the index again"
             )
     return files
+
+
+class RenamedTensors:
+    """A TensorSource that reads each name's tensor under its name in `origins`."""
+
+    def __init__(self, source: TensorSource, origins: Mapping[str, str]):
+        self._source, self._origins = source, origins
+
+    def shape(self, name: str) -> TensorShape:
+        """Returns the shape of the whole tensor."""
+        return self._source.shape(self._origins[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns the stored dtype."""
+        return self._source.dtype(self._origins[name])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Returns rows [stop - start, …], as stored."""
+        return self._source.rows(self._origins[name], start, stop)
+
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        """Returns columns [n, stop - start], as stored."""
+        return self._source.columns(self._origins[name], start, stop)
+
+    def check_shape(self, name: str, shape: TensorShape) -> None:
+        """Raises InputError where the tensor is missing or has another shape."""
+        self._source.check_shape(self._origins[name], shape)
