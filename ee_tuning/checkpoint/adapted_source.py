@@ -11,8 +11,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.lora_names import PREFIX
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
+from ee_tuning.checkpoint.trained_names import PREFIX
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
 from ee_tuning.model_config.config import ModelConfig

@@ -1,14 +1,28 @@
-"""Parameters of a model that tuning.trainable trains beside the exits, and their names in files. Pure functions."""
+"""Parameters of a model that tuning.trainable trains beside the exits, and their names in files; LoRA's matrices have
+peft's. Pure functions.
+"""
 
 import random
 
-from ee_tuning.checkpoint.lora_names import has_targets, lora_shard
+from ee_tuning.checkpoint.hf_names import HF_NAMES, HFNames
 from ee_tuning.checkpoint.names import backbone_shard, layer_parameter_names, norm_kinds
 from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
-from ee_tuning.model.lora import FUSED, TARGETS
+from ee_tuning.model.lora import FUSED, ROW_PARALLEL, TARGETS, target_shape
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.tensor_slice import Shard, TensorShape, TensorSlice
+
+PREFIX = "base_model.model."
+"""peft's prefix for the names inside its wrapper."""
+_FIELDS = {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "o_proj": "attention_output",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
 
 
 def check_trainable(tuning: TuningSection, config: ModelConfig) -> None:
@@ -147,3 +161,31 @@ def has_partial_gradient(parameter: str, *, is_replicated: bool, cuts_sequence: 
     if parameter.startswith("embedding."):  # the gradient of all tokens comes back to every rank
         return False
     return is_replicated and (cuts_sequence or "q_layernorm" in parameter or "k_layernorm" in parameter)
+
+
+def target_stem(target: str, names: HFNames) -> str:
+    """Returns the name of a linear map within its layer."""
+    stem: str = getattr(names, _FIELDS[target])
+    return stem
+
+
+def has_targets(config: ModelConfig) -> bool:
+    """Whether the family's linear maps are single ones with these names."""
+    names = HF_NAMES[config.family]
+    return not names.is_transposed and names.query != names.key
+
+
+def lora_shard(parameter: str, config: ModelConfig, rank: int, tp: int, tp_rank: int) -> Shard:
+    """Returns rank `tp_rank`'s part of a parameter such as
+    `decoder.layers.0.self_attention.linear_qkv.lora.q_proj.lora_A`.
+    """
+    path, matrix = parameter.rsplit(".", 1)
+    target, index, names = path.rpartition(".")[2], path.split(".")[2], HF_NAMES[config.family]
+    name = f"{PREFIX}{names.layers}.{index}.{target_stem(target, names)}.{matrix}.weight"
+    outputs, inputs = target_shape(target, config)
+    cuts_columns = target in ROW_PARALLEL
+    if matrix == "lora_A":
+        start, stop = (tp_rank * inputs // tp, (tp_rank + 1) * inputs // tp) if cuts_columns else (0, rank)
+        return Shard((TensorSlice(name, (rank, inputs), int(cuts_columns), start, stop),))
+    start, stop = (0, outputs) if cuts_columns else (tp_rank * outputs // tp, (tp_rank + 1) * outputs // tp)
+    return Shard((TensorSlice(name, (outputs, rank), 0, start, stop),))
