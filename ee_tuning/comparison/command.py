@@ -14,6 +14,7 @@ from ee_tuning.checkpoint.formats import read_shape
 from ee_tuning.command_steps import run_command
 from ee_tuning.comparison.entries import entries_of, run_entries
 from ee_tuning.comparison.folder import OWNER, RATES, check_folder, check_same, data_stamp, write_job
+from ee_tuning.comparison.foreseen import check_steps
 from ee_tuning.comparison.job import (
     CompareOptions,
     Comparison,
@@ -54,6 +55,8 @@ def compare(config: Config, options: CompareOptions, run: RunCommand | None = No
     shape = read_shape(config.model)
     config = as_compared(config, shape)
     check_tokens(config, options, shape)
+    depths = depths_of(config, options, shape.num_layers)
+    check_steps(config, options, shape, depths)
     tasks = _tasks(options)
     stamp = data_stamp(config)
     check_folder(config, options)
@@ -61,7 +64,7 @@ def compare(config: Config, options: CompareOptions, run: RunCommand | None = No
         config=config,
         options=options,
         shape=shape,
-        depths=depths_of(config, options, shape.num_layers),
+        depths=depths,
         metrics={task.name: task.metric for task in tasks},
         run_command=run or partial(run_command, Console(stderr=True, highlight=False)),
     )

@@ -76,7 +76,10 @@ def texts_of(
         if is_lone:
             _write(scratch / "documents.jsonl", ({"text": piece} for piece in _pieces(Path(data.paths[0]))))
             data = dataclasses.replace(data, paths=(str(scratch / "documents.jsonl"),))
-        _write_samples(config, data, shape, Texts(scratch, data), num_samples, num_prompts)
+        try:
+            _write_samples(config, data, shape, Texts(scratch, data), num_samples, num_prompts)
+        except InputError as error:  # a user knows the file, and not its documents
+            raise InputError(str(error).replace(data.paths[0], config.data.paths[0])) from error
         (scratch / SETTINGS).write_text(to_json(settings, indent=1) + "\n", encoding="utf-8")
         scratch.rename(folder)
         scratch.mkdir()  # which the block's end removes

@@ -59,7 +59,7 @@ def _exits(job: Comparison, texts: Texts) -> list[Entry]:
 
 def _tied(job: Comparison, texts: Texts) -> list[Entry]:
     tuned = job.folder / "tied"
-    new: dict[str, Flag] = {"architecture": "norm", "exit_output": "tied", "init": "copy"}
+    new: dict[str, Flag] = {"architecture": "norm", "exit_output": "tied", "init": "copy", "output_vocab": 0}
     step = _tune(job, "tied", tuned / "exit_heads", job.rate("tied", HEADS_RATE), exit_layers=_listed(job), **new)
     return [_exit_entry(job, "tied", (step,), tuned / "exit_heads")]
 
@@ -120,7 +120,8 @@ def _healed(job: Comparison, texts: Texts, way: str, measure: Measure | None = N
 def _sorted(job: Comparison, texts: Texts) -> list[Entry]:
     """Sub-models that end in the model's own head, all trained together (SoFT, arXiv 2309.08968)."""
     folder = job.folder / "sorted"
-    new: dict[str, Flag] = {"exit_layers": _listed(job), "exit_output": "shared", "trainable": "backbone"}
+    own: dict[str, Flag] = {"architecture": "norm", "init": "copy", "output_vocab": 0}  # whatever exits are to be
+    new: dict[str, Flag] = {"exit_layers": _listed(job), "exit_output": "shared", "trainable": "backbone", **own}
     step = _tune(job, "sorted", folder / "exit_heads", job.rate("sorted", SORTED_RATE), **new)
     return [
         dataclasses.replace(

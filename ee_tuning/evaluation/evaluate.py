@@ -145,7 +145,7 @@ class BlockRunner:
         self.options: GenerationSection = with_options(
             llm.defaults, {"max_batch_size": procedure.batch_size, "reuse_prefixes": False}
         )
-        self._plain = greedy_params(llm)
+        self._plain = greedy_params(llm.defaults)
         self._in_chats = dataclasses.replace(self._plain, stop_token_ids=stop_ids_of(llm, self.template))
 
     def _llm(self, point: Point) -> EarlyExitLLM:
@@ -286,14 +286,14 @@ class BlockRunner:
         return self.llm.encode(job.prompt, job.adds_special_tokens)
 
 
-def greedy_params(llm: EarlyExitLLM) -> SamplingParams:
-    """Returns the job's sampling parameters, which must be greedy: otherwise agreement and speed would depend on random
-    draws.
+def greedy_params(generation: GenerationSection) -> SamplingParams:
+    """Returns the section's sampling parameters, which must be greedy: otherwise agreement and speed would depend on
+    random draws.
 
     Raises InputError where they are not.
     """
-    params = params_of(llm.defaults)
-    check_one_head(llm.defaults)
+    params = params_of(generation)
+    check_one_head(generation)
     plain = SamplingParams(
         max_tokens=params.max_tokens,
         stop=params.stop,

@@ -219,6 +219,15 @@ def test_the_page_has_every_row(finished: tuple[Path, list[str], int]):
         (["--adapter", "x"], "takes no --adapter"),
         (["--trust-pickle"], "without model.config and model.trust_pickle"),
         (["--set", "generation.budget=0.5"], "generation.budget chooses one"),
+        (["--architecture", "norm,mlp,norm"], "exits.architecture must be one word or one per exit, 2 for"),
+        (["--output-vocab", "9999"], "exits.output_vocab must be at least 1 and below"),
+        (["--exit-output", "shared"], "exits.output = shared is the way sorted"),
+        (["--pipeline-model-parallel-size", "5"], "pipeline_model_parallel_size must be at most the model's 4 layers"),
+        (["--set", "generation.max_batch_size=0"], "generation.max_batch_size must be at least 1, got 0"),
+        (["--set", "generation.temperature=1"], "decodes greedily, so generation.temperature must be 0.0, got 1"),
+        (["--max-new-tokens", "0"], "max_tokens"),
+        (["--set", "tuning.loss=foo"], "tuning.loss must be made of"),
+        (["--set", "tuning.lora_rank=0"], "tuning.lora_rank must be at least 1, got 0"),
     ],
     ids=lambda given: "-".join(given[:2]).strip("-") if isinstance(given, list) else "",
 )
@@ -318,3 +327,18 @@ def test_a_lone_text_is_cut_into_documents_and_nothing_else(tmp_path: Path):
     path.write_text(content, encoding="utf-8-sig")
     documents = list(texts._pieces(path))
     assert "".join(documents).rstrip("\n") == content.rstrip("\n") and len(documents) >= 32
+
+
+def test_kinds_of_exits_are_of_the_way_exits_alone(shared: Path, tmp_path: Path):
+    """`--architecture mlp` refused for the sub-models of `sorted`, and a shortlist for `tied`."""
+    given = job(shared, **{"exits.architecture": ["mlp"], "exits.output_vocab": 40, "tuning.seq_length": 16})
+    ran: list[str] = []
+    assert compare(given, options(tmp_path / "o", tokens=70, ways=("tied", "sorted")), recorded(ran)) == 0
+    assert ran == ["tied", "tied-evaluate", "sorted", "sorted-evaluate"]
+
+
+def test_a_text_that_does_not_do_is_named(shared: Path, tmp_path: Path):
+    """An error that names a file of documents which the command itself has made and removed."""
+    (tmp_path / "copies.txt").write_text("early exits leave early\n" * 400)
+    said = refusal(compare, job(shared, **{"data.paths": [str(tmp_path / "copies.txt")]}), options(tmp_path / "o"))
+    assert "copies.txt" in said and "partial" not in said and not (tmp_path / "o" / "text").exists()
