@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ee_tuning.checkpoint.hybrid_layers import FINAL_NORM as HYBRID_FINAL_NORM
 from ee_tuning.checkpoint.hybrid_layers import HybridLayers
@@ -60,6 +59,9 @@ class DistributedCheckpoint:
     """
 
     def __init__(self, folder: Path):
+        # Imported here: it takes a third of the start of commands on other files.
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
         self.folder = folder
         metadata = read_metadata_pickle(folder)
         self.shapes: dict[str, TensorShape] = {}

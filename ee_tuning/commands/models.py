@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ee_tuning.commands.command import Command, add_job, job_of
+from ee_tuning.commands.command import Command, add_job, job_of, with_measured_layers
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 
@@ -25,13 +25,11 @@ def convert(args: argparse.Namespace) -> None:
 
         widen_vocab(config, args.widen, args.output, args.token_ids, overwrite=args.overwrite)
         return
-    from ee_tuning.evaluation.profile import with_exit_layers
-
     if config.exits.init == "fitted" or config.exits.output_vocab:
         from ee_tuning.tuning.command import convert_by_texts as convert
     else:
         from ee_tuning.artifact.convert import convert
-    convert(with_exit_layers(config), args.output, overwrite=args.overwrite)
+    convert(with_measured_layers(config), args.output, overwrite=args.overwrite)
 
 
 def _check_convert(args: argparse.Namespace, config: Config) -> None:

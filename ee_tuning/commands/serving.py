@@ -17,7 +17,6 @@ def serve(args: argparse.Namespace) -> int:
         raise InputError(
             f"serve needs the package {missing[0]}, which is not installed; pip install 'ee_tuning[serve]'"
         )
-    from ee_tuning.serving.command import serve
     from ee_tuning.serving.settings import ServeSettings, read_api_keys
 
     given = {
@@ -50,6 +49,8 @@ def serve(args: argparse.Namespace) -> int:
         from ee_tuning.serving.replicated import serve_replicas
 
         return serve_replicas(config, settings)
+    from ee_tuning.serving.command import serve
+
     serve(config, settings)
     return 0
 

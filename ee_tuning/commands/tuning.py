@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from shlex import quote
 
-from ee_tuning.commands.command import Command, add_job, add_profile, job_of
+from ee_tuning.commands.command import Command, add_job, add_profile, job_of, with_measured_layers
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.notices import say
@@ -51,10 +51,9 @@ def tune(args: argparse.Namespace) -> int:
         raise InputError(
             "--world-size is a size to imagine, for --dry-run; a true run takes the launcher's: torchrun --nproc-per-node N"
         )
-    from ee_tuning.evaluation.profile import with_exit_layers
     from ee_tuning.tuning.command import tune
 
-    return tune(with_exit_layers(config), args.profile)
+    return tune(with_measured_layers(config), args.profile)
 
 
 def preprocess(args: argparse.Namespace) -> None:

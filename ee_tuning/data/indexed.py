@@ -5,7 +5,6 @@ hold one byte per token: 1 where it counts as a label. Megatron-core ignores it.
 """
 
 import struct
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from ee_tuning.data.sources import BIN_SUFFIX, INDEX_SUFFIX
 from ee_tuning.errors import InputError
+from ee_tuning.parallel.megatron_import import importing_megatron
 
 MASK_SUFFIX = ".mask"
 _HEADER = b"MMIDIDX\x00\x00"
@@ -83,8 +83,7 @@ def _read_index(prefix: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.i
     """Returns the dtype of ids, length and byte offset per sequence, the first sequence of each document, and their
     number.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # optional libraries of Megatron-core are missing
+    with importing_megatron():
         # takes seconds, so only where such files are read
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 

@@ -2,12 +2,13 @@
 data.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ee_tuning.parallel.megatron_import import importing_megatron
 
 
 class Order(Protocol):
@@ -73,8 +74,7 @@ class BlendedOrder:
     def _reach(self, position: int) -> None:
         if position < len(self._corpus):
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # optional libraries of Megatron-core are missing
+        with importing_megatron():
             from megatron.core.datasets import helpers_cpp
 
         # The choice at a position depends on earlier ones only, so a longer table begins with the shorter one.

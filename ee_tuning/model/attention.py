@@ -7,8 +7,6 @@ import math
 from typing import Any
 
 import torch.nn.functional as F
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ee_tuning.model import flash
@@ -16,6 +14,11 @@ from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.sequence_chunk import SequenceChunk
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.fake_tensor import is_fake
+from ee_tuning.parallel.megatron_import import importing_megatron
+
+with importing_megatron():
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 # s sequence · b micro-batch · g key-value heads · n query heads · d width of a head
 

@@ -10,15 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # fused libraries are not installed
-    from megatron.core import __version__ as megatron_version
-    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.tensor_parallel.layers import RowParallelLinear
-    from megatron.core.transformer.spec_utils import build_module
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
 from ee_tuning.config import WeightFormat
 from ee_tuning.model.activation import activation
 from ee_tuning.model.attention import CausalAttention, softmax_scale
@@ -29,7 +20,16 @@ from ee_tuning.model.norm import backbone_norm
 from ee_tuning.model.quantized_linear import quantize_layer
 from ee_tuning.model.rope import rotary_angles
 from ee_tuning.model_config.config import ModelConfig
+from ee_tuning.parallel.megatron_import import importing_megatron
 from ee_tuning.parallel.topology import Topology
+
+with importing_megatron():
+    from megatron.core import __version__ as megatron_version
+    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.layers import RowParallelLinear
+    from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 # s sequence · b micro-batch · h hidden · v/tp this rank's shard of the vocabulary
 

@@ -2,23 +2,22 @@
 expert.
 """
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # fused libraries are not installed
-    from megatron.core.transformer.moe import moe_utils
-    from megatron.core.transformer.moe.moe_layer import MoELayer, get_default_pg_collection
-    from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
-
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.model_config.megatron_args import moe_layer_freq
 from ee_tuning.parallel.fake_tensor import is_fake
+from ee_tuning.parallel.megatron_import import importing_megatron
 from ee_tuning.parallel.tp_autograd import copy_to_tp, reduce_from_tp
+
+with importing_megatron():
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.moe_layer import MoELayer, get_default_pg_collection
+    from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 
 # t tokens · h hidden · e experts
 

@@ -12,11 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None  # type: ignore[assignment]
-
 # t tokens of all rows · r rows · g key-value heads · n query heads · d width of a head · p places of a cache
 
 _KERNEL: Any = torch.ops.aten._flash_attention_forward
@@ -30,18 +25,14 @@ def takes(dtype: torch.dtype, width: int) -> bool:
 def serves(like: Tensor, parameter: str | None = None) -> bool:
     """Whether a kernel exists for tensors of this device, dtype and last dimension, d, and takes `parameter`."""
     if (
-        parameter is not None
-        and parameter not in _names()
-        and (parameter != "seqused_k" or not _kernel_has_seqused_k())
-    ):
-        return False
-    if (
         not like.is_cuda
         or not takes(like.dtype, like.shape[-1])
         or not torch.backends.cuda.is_flash_attention_available()
+        or torch.cuda.get_device_capability(like.device) < (8, 0)
     ):
         return False
-    return torch.cuda.get_device_capability(like.device) >= (8, 0)
+    is_known = parameter is None or parameter in _names()
+    return is_known or (parameter == "seqused_k" and _kernel_has_seqused_k())
 
 
 def varlen_attention(
@@ -64,7 +55,7 @@ def varlen_attention(
     if wanted.keys() <= (names := _names()):
         if key.shape[-2] != query.shape[-2] and "enable_gqa" in names:
             wanted["enable_gqa"] = True
-        out = varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **wanted)
+        out = varlen_attn()(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **wanted)
         assert isinstance(out, Tensor)
         return out
     assert block_table is None, "only varlen_attn has a parameter for blocks"
@@ -73,8 +64,20 @@ def varlen_attention(
     )[0]
 
 
+@cache
+def varlen_attn() -> Any:
+    """Returns torch's function, or None where it has none. Imported where there is a kernel for it: torch 2.13 imports
+    its compiler along, which takes a second.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
 def _names() -> frozenset[str]:
-    return _names_of(varlen_attn)
+    return _names_of(varlen_attn())
 
 
 @cache

@@ -16,19 +16,9 @@ from torch import Tensor, nn
 
 from ee_tuning.model.sequence_parallel import gather_sequence, reduce_scatter_sequence
 from ee_tuning.model_config.config import ModelConfig
+from ee_tuning.model_config.lora_targets import FUSED, ROW_PARALLEL, target_shape
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.tp_autograd import copy_to_tp, reduce_from_tp
-
-FUSED = {
-    "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),
-    "self_attention.linear_proj": ("o_proj",),
-    "mlp.linear_fc1": ("gate_proj", "up_proj"),
-    "mlp.linear_fc2": ("down_proj",),
-}
-"""Megatron-core's linear map -> Hugging Face's, in order."""
-TARGETS = tuple(name for names in FUSED.values() for name in names)
-ROW_PARALLEL = ("o_proj", "down_proj")
-"""Maps of which each tensor-parallel rank has a part of the inputs; of the others it has a part of the outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +26,7 @@ class Lora:
     """Specification of the low-rank maps that are added to a stage's layers."""
 
     targets: tuple[str, ...]
-    """Those of TARGETS that get a pair of matrices."""
+    """Those of `lora_targets.TARGETS` that get a pair of matrices."""
     rank: int
     alpha: float
     """The product is multiplied by alpha / rank."""
@@ -44,21 +34,6 @@ class Lora:
     dtype: torch.dtype
     cuts_sequence: bool
     """Whether layers take and return each tensor-parallel rank's part of the sequence."""
-
-
-def target_shape(target: str, config: ModelConfig) -> tuple[int, int]:
-    """Returns (outputs, inputs) of one of TARGETS over all ranks."""
-    hidden, inner = config.hidden_size, config.ffn_hidden_size
-    queries, keys = (n * config.kv_channels for n in (config.num_attention_heads, config.num_query_groups))
-    return {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-    }[target]
 
 
 class LoraPair(nn.Module):

@@ -3,10 +3,13 @@
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from ee_tuning.model_config.config import ModelConfig
+from ee_tuning.parallel.megatron_import import importing_megatron
+
+with importing_megatron():
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class RMSNorm(nn.RMSNorm):

@@ -15,15 +15,18 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import RowParallelLinear
 from torch import Tensor, nn
 
 from ee_tuning.config import WeightFormat
 from ee_tuning.errors import InputError
 from ee_tuning.model.sequence_parallel import gather_sequence, reduce_scatter_sequence
 from ee_tuning.model_config.config import ModelConfig
+from ee_tuning.parallel.megatron_import import importing_megatron
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.tp_autograd import copy_to_tp, reduce_from_tp
+
+with importing_megatron():
+    from megatron.core.tensor_parallel.layers import RowParallelLinear
 
 # s sequence · b micro-batch · i inputs of this rank · o outputs of this rank
 

@@ -9,15 +9,15 @@ import warnings
 
 from torch import Tensor
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # fused libraries are not installed
+from ee_tuning.parallel.megatron_import import importing_megatron
+from ee_tuning.parallel.topology import Group, Topology
+
+with importing_megatron():
     from megatron.core.tensor_parallel.mappings import (
         gather_from_sequence_parallel_region,
         reduce_scatter_to_sequence_parallel_region,
         scatter_to_sequence_parallel_region,
     )
-
-from ee_tuning.parallel.topology import Group, Topology
 
 # Megatron-core calls functions that torch has renamed, in every layer.
 warnings.filterwarnings(

@@ -5,7 +5,6 @@ Ranks are ordered as Megatron orders them: tensor parallelism fastest, then data
 
 import gc
 import os
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -20,6 +19,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.notices import warn
 from ee_tuning.parallel.device import collective_backend, prepare_device
 from ee_tuning.parallel.launcher import RendezvousError, check_address, launched_rank
+from ee_tuning.parallel.megatron_import import importing_megatron
 from ee_tuning.parallel.process_groups import Group, destroy_groups, destroy_world, one_group_for_same_ranks, own_group
 
 _SHARES_STORE = "TORCHELASTIC_USE_AGENT_STORE"
@@ -169,7 +169,8 @@ def restart_warning() -> str | None:
 
 def destroy_parallel() -> None:
     """Destroys the process groups, so that the interpreter exits without a warning."""
-    from megatron.core import parallel_state
+    with importing_megatron():
+        from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     destroy_world()
@@ -220,8 +221,7 @@ def store_of_this_attempt(store: dist.Store) -> dist.Store:
 
 def build_topology(parallel: ParallelSection, device: torch.device) -> Topology:
     """Builds TP × PP × DP on the joined world, whose size they must divide. All ranks call it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron-core warns of missing optional libraries on every rank
+    with importing_megatron():
         from megatron.core import parallel_state
     if parallel_state.model_parallel_is_initialized():  # another layout of the same world exists
         destroy_groups()

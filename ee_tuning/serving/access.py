@@ -6,18 +6,30 @@ import re
 import secrets
 import time
 
+from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ee_tuning.json_file import to_json
 from ee_tuning.openai_protocol.api_errors import error_body
 from ee_tuning.openai_protocol.responses import ErrorJson
+from ee_tuning.serving.settings import ServeSettings
 
 log = logging.getLogger("ee_tuning.serving")
 
 _ID = re.compile(r"[\w.:-]{1,80}", re.ASCII)
 _OPEN = ("/health", "/ready", "/ping", "/", "/page.js", "/page.css")
 """Paths that need no key: probes, and the page, which asks for the key itself."""
+
+
+def add_access(app: FastAPI, settings: ServeSettings) -> None:
+    """Adds the check of API keys and, for browsers, of their pages' origins."""
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Access, api_keys=settings.api_keys)
 
 
 class Access:

@@ -22,7 +22,7 @@ from ee_tuning.serving.engine_loop import EngineLoop
 from ee_tuning.serving.metrics import Metrics
 from ee_tuning.serving.request_jobs import RequestJobs
 from ee_tuning.serving.server import DrainingServer, address_of, bind, make_server, set_up_logs
-from ee_tuning.serving.settings import ServeSettings
+from ee_tuning.serving.settings import ServeSettings, model_names
 from ee_tuning.serving.tracing import Tracing, open_tracing
 
 log = logging.getLogger("ee_tuning.serving")
@@ -117,8 +117,3 @@ def _warm_up(engine: Engine) -> None:
     engine.add_request([0], SamplingParams(max_tokens=2, ignore_eos=True))
     while not engine.is_idle:
         engine.step()
-
-
-def model_names(config: Config, settings: ServeSettings) -> tuple[str, ...]:
-    """Returns the names of the model for clients."""
-    return settings.served_model_names or (Path(config.model.path).resolve().name or "model",)

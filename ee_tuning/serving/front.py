@@ -1,7 +1,7 @@
 """The front of several replicas: passes each request to one of them, and its answer back as it comes.
 
 A replica is a whole server, which checks and answers requests by itself. The front has the parts that exist once:
-access, bounds of bodies, health, metrics.
+access, bounds of bodies, health, metrics. It imports no engine, so that it starts its replicas at once.
 """
 
 from typing import Any
@@ -14,8 +14,9 @@ from ee_tuning.json_file import parse_json, to_json
 from ee_tuning.openai_protocol.api_errors import ApiError, error_body
 from ee_tuning.openai_protocol.responses import StrictJson, send_until_left, unless_client_leaves
 from ee_tuning.openai_protocol.strict_request import StrictRequest
-from ee_tuning.serving.app import add_access, add_error_handlers
-from ee_tuning.serving.metrics import CONTENT_TYPE
+from ee_tuning.serving.access import add_access
+from ee_tuning.serving.error_handlers import add_error_handlers
+from ee_tuning.serving.joined_metrics import CONTENT_TYPE
 from ee_tuning.serving.replica_set import Lease, ReplicaSet
 from ee_tuning.serving.routing import Asked, asked_of
 from ee_tuning.serving.settings import ServeSettings

@@ -14,7 +14,8 @@ from ee_tuning.openai_protocol.schemas import DetokenizeBody, TokenizeBody
 from ee_tuning.openai_protocol.strict_request import StrictRoute
 from ee_tuning.serving.completions_api import CompletionsApi, in_tokenizer_thread
 from ee_tuning.serving.engine_client import EngineClient
-from ee_tuning.serving.metrics import CONTENT_TYPE, Metrics
+from ee_tuning.serving.joined_metrics import CONTENT_TYPE
+from ee_tuning.serving.metrics import Metrics
 from ee_tuning.serving.request_jobs import RequestJobs
 
 Endpoint = Callable[..., Awaitable[Response]]

@@ -6,6 +6,9 @@ from prometheus_client import generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""Content-Type of metrics in Prometheus' text format."""
+
 
 class _Families:
     """A registry of given families, for `generate_latest`."""

@@ -10,7 +10,6 @@ from prometheus_client.registry import Collector
 from ee_tuning.engine.engine import Engine
 from ee_tuning.generation.completion import Completion, StreamedToken
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 disable_created_metrics()
 _PREFIX = "ee_tuning:"
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)

@@ -16,12 +16,11 @@ import aiohttp
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.launcher import launched_rank
-from ee_tuning.serving.command import model_names
 from ee_tuning.serving.front import build_front
 from ee_tuning.serving.replica_process import ReplicaProcess, check_devices
 from ee_tuning.serving.replica_set import Replica, ReplicaSet
 from ee_tuning.serving.server import address_of, bind, make_server, set_up_logs
-from ee_tuning.serving.settings import ServeSettings
+from ee_tuning.serving.settings import ServeSettings, model_names
 
 log = logging.getLogger("ee_tuning.serving")
 _LONGEST_SOCKET, _LONGEST_NAME = 107, len("/ee_tuning-12345678/replica-1023.sock")

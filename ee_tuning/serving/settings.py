@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.openai_protocol.tool_formats import FORMATS
 
@@ -88,3 +89,8 @@ def read_api_keys(keys: list[str], file: Path | None) -> tuple[str, ...]:
     if any(not key or not key.isascii() or not key.isprintable() for key in keys):
         raise InputError("an API key must be printable ASCII characters, got another one; choose a new key")
     return tuple(keys)
+
+
+def model_names(config: Config, settings: ServeSettings) -> tuple[str, ...]:
+    """Returns the names of the model for clients."""
+    return settings.served_model_names or (Path(config.model.path).resolve().name or "model",)

@@ -18,22 +18,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # optional libraries are not installed
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
-
 from ee_tuning.artifact.exit_names import exit_shard, is_replicated
 from ee_tuning.checkpoint.names import merge_shards
 from ee_tuning.errors import InputError
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.collectives import on_first_rank
+from ee_tuning.parallel.megatron_import import importing_megatron
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.manifest import check_file, read_manifest
 from ee_tuning.storage.metadata_pickle import check_metadata_pickle
 from ee_tuning.storage.tensor_slice import Shard
 from ee_tuning.tuning.backbone_optimizer import BackboneOptimizer, TrainedRows
 from ee_tuning.tuning.optimizer import ExitOptimizer
+
+with importing_megatron():
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
 
 CHECKPOINTS, LATEST, PROGRESS = "checkpoints", "latest", "progress.json"
 _BACKBONE_COUNT = "backbone.num_updates"

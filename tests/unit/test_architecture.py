@@ -160,6 +160,20 @@ def test_megatron_stays_in_its_places():
             assert file.startswith(MEGATRON), f"{file} imports megatron.core; allowed in {MEGATRON}"
 
 
+def test_megatron_s_import_compiles_nothing():
+    """An import of Megatron-core outside `importing_megatron` makes every process wait for torch's compiler."""
+    for path in SOURCES.values():
+        guarded = {
+            id(node)
+            for block in nodes(path)
+            if isinstance(block, ast.With) and "importing_megatron" in ast.dump(block.items[0])
+            for node in ast.walk(block)
+        }
+        for node in nodes(path):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron"):
+                assert id(node) in guarded, f"{path}:{node.lineno} imports megatron.core outside importing_megatron()"
+
+
 @pytest.mark.parametrize("file", TORCH_ALONE)
 def test_mathematics_needs_torch_alone(file: str):
     """A loss that pulls in Megatron through a helper can not be tested in a bare Python."""

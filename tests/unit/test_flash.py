@@ -51,7 +51,7 @@ def kernel(query: Tensor, *others: Any, scale: float, seqused_k: Tensor | None) 
 
 def called(monkeypatch: pytest.MonkeyPatch, function: Any, **options: Any) -> float:
     """Which function was called, and how."""
-    monkeypatch.setattr(flash, "varlen_attn", function)
+    monkeypatch.setattr(flash, "varlen_attn", lambda: function)
     monkeypatch.setattr(flash, "_KERNEL", kernel)
     query, keys = torch.zeros(3, 4, 8), torch.zeros(16, 2, 8)
     return flash.varlen_attention(query, keys, keys, ROWS, ROWS, 1, 3, scale=0.125, **options).unique().item()
@@ -71,7 +71,7 @@ def test_an_older_torch_gets_no_parameter_that_it_does_not_know(monkeypatch: pyt
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_operator_beneath_takes_these_arguments(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """A stand-in that takes what the operator does not."""
-    monkeypatch.setattr(flash, "varlen_attn", None)
+    monkeypatch.setattr(flash, "varlen_attn", lambda: None)
     tensor: dict[str, Any] = {"device": "meta", "dtype": dtype}
     query, keys = torch.empty(3, 4, 64, **tensor), torch.empty(320, 2, 64, **tensor)
     rows, seen = ROWS.to("meta"), SEEN.to("meta")
