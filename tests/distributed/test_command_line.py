@@ -1,5 +1,5 @@
 """The commands of the README, typed at a shell on the shipped model: convert, tune at TP 2 × PP 2 under torchrun,
-decode.
+decode over two stages. Layouts of decoding are compared in worlds that exist already (`test_decoding_layouts.py`).
 """
 
 import io
@@ -13,11 +13,13 @@ from ee_tuning import cli
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny-python-llama"
-COMMAND, TORCHRUN = (
-    ["-m", "ee_tuning"],
-    ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "ee_tuning"],
-)
+COMMAND = ["-m", "ee_tuning"]
 TWO_BY_TWO = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+TWO_STAGES = ["--pipeline-model-parallel-size", "2"]
+
+
+def torchrun(num_processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), *COMMAND]
 
 
 def run(*arguments: str, code: int = 0, typed: str = "") -> subprocess.CompletedProcess[str]:
@@ -41,7 +43,7 @@ def test_convert_tune_generate(tmp_path, capsys, monkeypatch):
     converted, tuned = tmp_path / "converted", tmp_path / "run" / "exit_heads"
     run(*COMMAND, "convert", "--model", str(MODEL), "--exit-layers", "3,6,9", "--output", str(converted))
     run(
-        *TORCHRUN,
+        *torchrun(4),
         "tune",
         "--model",
         str(MODEL),
@@ -92,9 +94,9 @@ def test_convert_tune_generate(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert cli.main(generate) in (0, None)
     one = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    four = [json.loads(line) for line in run(*TORCHRUN, *generate, *TWO_BY_TWO, typed="import ").stdout.splitlines()]
+    two = [json.loads(line) for line in run(*torchrun(2), *generate, *TWO_STAGES, typed="import ").stdout.splitlines()]
     assert len(one) == 2
-    for a, b in zip(one, four, strict=True):
+    for a, b in zip(one, two, strict=True):
         assert (a["token_ids"], a["exit_layers"]) == (b["token_ids"], b["exit_layers"])
         assert len(a["token_ids"]) == len(a["exit_layers"]) == len(a["confidences"]) == 16
         assert set(a["exit_layers"]) <= {3, 6, 9, 12} and a["tokens_per_second"] > 0 and isinstance(a["text"], str)

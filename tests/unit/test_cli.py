@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
+from nursery import Nursery
 
 from ee_tuning import cli
 from ee_tuning.commands import Command
@@ -176,30 +179,29 @@ def test_an_error_that_every_rank_meets_is_said_once(
     assert one_line(capsys) == "ee-tuning: error: a rule\n"
 
 
+def inspected(damaged: tuple[int, ...], store: Path) -> int:
+    """`ee-tuning inspect` in a world that it joins, where these ranks find something wrong."""
+
+    def inspect_path(*_: Any, **__: Any) -> None:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+        dist.barrier()
+        if dist.get_rank() in damaged:
+            raise InputError("damaged")
+
+    with mock.patch("ee_tuning.artifact.inspect.inspect_path", inspect_path):
+        return cli.main(["inspect", "folder"])
+
+
 @pytest.mark.slow
 def test_an_error_that_one_rank_meets_is_said_by_that_rank(tmp_path: Path):
     """A damaged file that only the last rank reads, and an exit code 2 that nobody explains."""
-    script = (
-        "import os, sys, types\nimport torch.distributed as dist\nfrom ee_tuning import cli\nfrom ee_tuning.errors import InputError\n"
-        "def inspect_path(path, as_json, **_):\n"
-        "    dist.init_process_group('gloo', init_method='file://' + sys.argv[1], rank=int(os.environ['RANK']), world_size=2)\n"
-        "    dist.barrier()\n    if os.environ['RANK'] == '1' or sys.argv[2] == 'all':\n        raise InputError('damaged')\n"
-        "sys.modules['ee_tuning.artifact.inspect'] = fake = types.ModuleType('fake')\nfake.inspect_path = inspect_path\n"
-        "sys.exit(cli.main(['inspect', 'folder']))\n"
-    )
-    for who, codes in (("last", [0, 2]), ("all", [2, 2])):
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-c", script, str(tmp_path / f"store_{who}"), who],
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(2)
-        ]
-        said = "".join(rank.communicate(timeout=120)[1] for rank in ranks)
-        assert [rank.returncode for rank in ranks] == codes
-        assert said.count("ee-tuning: error: damaged") == 1
+    for damaged, codes in (((1,), [0, 2]), ((0, 1), [2, 2])):
+        log = tmp_path / f"log_{len(damaged)}"
+        ranks = Nursery().start_world(2, inspected, damaged, tmp_path / f"store_{len(damaged)}", log=log)
+        ranks.wait(120)
+        assert ranks.codes() == codes
+        assert log.read_text().count("ee-tuning: error: damaged") == 1
 
 
 def test_an_interrupt_is_quiet_and_a_bug_is_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
