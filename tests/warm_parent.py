@@ -30,6 +30,8 @@ _IMPORTED = [
     "mixtures",
     "safetensors_stress",
     "stages",
+    "torch._dynamo",  # torch's optimizers import it, a second of each rank
+    "torch.distributed.checkpoint",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "tuning_jobs",
