@@ -9,7 +9,7 @@ from ee_tuning.checkpoint.names import backbone_shard, layer_parameter_names, no
 from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.model_config.config import ModelConfig
-from ee_tuning.model_config.lora_targets import FUSED, TARGETS
+from ee_tuning.model_config.lora_targets import FUSED, ROW_PARALLEL, TARGETS, target_shape
 from ee_tuning.storage.tensor_slice import Shard, TensorShape, TensorSlice
 
 PREFIX = "base_model.model."
