@@ -1,7 +1,7 @@
 """Checks that no key that describes new exit heads is without effect: exits are an artifact, or of another kind.
 
-A job file is shared by commands, so --exits overrules the heads that it describes. What the command line describes must
-be what the artifact holds.
+A job file is shared by commands, so the artifact overrules the heads that the file describes. What the command line
+describes must be what the artifact holds.
 """
 
 from collections.abc import Collection
@@ -21,21 +21,20 @@ _KEPT = ("path", "verify")
 
 
 def with_begun_exits(config: Config, given: Collection[str]) -> Config:
-    """Returns the job of `tune` or `plan` without the heads that its file describes, where `given`, the keys of the
-    command line, name an artifact to begin with.
+    """Returns the job of `tune` or `plan` without the heads that its file describes, where it has an artifact to begin
+    with.
 
-    Raises InputError where the job describes other heads than the artifact holds, or `given` describe heads that
-    nothing makes.
+    Raises InputError where `given`, the keys of the command line, describe other heads than the artifact holds, or
+    heads that nothing makes.
     """
     section = config.exits
     if section.path is None:
         check_new_exits(section, given)
         _check_made(config, given)
         return config
-    if "exits.path" in given:
-        kept = {key: value for key, value in vars(section).items() if key in _KEPT or f"exits.{key}" in given}
-        section = ExitsSection(**kept)
-    if "tuning.fit_tokens" in given:
+    kept = {key: value for key, value in vars(section).items() if key in _KEPT or f"exits.{key}" in given}
+    section = ExitsSection(**kept)
+    if "tuning.fit_tokens" in given and config.tuning.fit_tokens:
         raise InputError(_refusal(section, "tuning.fit_tokens", config.tuning.fit_tokens, "are not fitted again"))
     folder = Path(str(section.path))
     check_is_artifact(folder)
@@ -45,10 +44,11 @@ def with_begun_exits(config: Config, given: Collection[str]) -> Config:
 
 def check_new_exits(section: ExitsSection, given: Collection[str]) -> None:
     """Raises InputError where keys of the command line are for another kind of new heads than `section` describes."""
-    for key, word in (("exits.adapter_rank", "adapter"), ("exits.aux_layers", "eagle3")):
-        if key in given and word not in section.architecture:
+    for key, word in (("adapter_rank", "adapter"), ("aux_layers", "eagle3")):
+        is_other = getattr(section, key) != getattr(ExitsSection(), key)
+        if is_other and f"exits.{key}" in given and word not in section.architecture:
             raise InputError(
-                f"{key} is for the architecture {word}, got {','.join(section.architecture) or 'the default one'}; leave it "
+                f"exits.{key} is for the architecture {word}, got {','.join(section.architecture) or 'the default one'}; leave it "
                 f"out, or give --architecture {word}"
             )
 
@@ -65,7 +65,7 @@ def _check_made(config: Config, given: Collection[str]) -> None:
             f"{described[0]} describes exits, and exits.exit_layers names none; give --exit-layers, or leave it out to train "
             "the model alone"
         )
-    if "tuning.fit_tokens" in given and section.init_of_tune != "fitted":
+    if "tuning.fit_tokens" in given and config.tuning.fit_tokens and section.init_of_tune != "fitted":
         raise InputError(
             f"tuning.fit_tokens is for exits.init = fitted, got {config.tuning.fit_tokens} for "
             f"{f'exits.init = {section.init_of_tune}' if has_exits else 'no exits'}; leave one of them out"
@@ -74,8 +74,7 @@ def _check_made(config: Config, given: Collection[str]) -> None:
 
 def _check_held(section: ExitsSection, held: ExitHeadsConfig, given: Collection[str]) -> None:
     for key, asked in vars(section).items():
-        is_given = f"exits.{key}" in given or asked != getattr(ExitsSection(), key)
-        if not is_given or key in _KEPT:
+        if key in _KEPT or f"exits.{key}" not in given:
             continue
         if has := _other(key, asked, held):
             raise InputError(_refusal(section, f"exits.{key}", asked, has) + _longer(section, key, held))

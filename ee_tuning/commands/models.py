@@ -67,12 +67,18 @@ def _check_new(args: argparse.Namespace, config: Config) -> None:
     from ee_tuning.artifact.begun_exits import check_new_exits
 
     check_new_exits(config.exits, args.overrides)
-    unread = [key for key in sorted(args.overrides) if key in _OF_TEXTS]
+    plain = load_config(None, {})
+    unread = [key for key in sorted(args.overrides) if key in _OF_TEXTS and _value(config, key) != _value(plain, key)]
     if unread and config.exits.init != "fitted" and not config.exits.output_vocab:
         raise InputError(
             f"{unread[0]} is for exits that are made from texts, and copied or random ones need none; give --init fitted "
             "or --output-vocab N, or leave it out"
         )
+
+
+def _value(config: Config, key: str) -> object:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
 
 
 def inspect(args: argparse.Namespace) -> None:

@@ -203,10 +203,12 @@ def check_tokens(config: Config, options: CompareOptions, shape: ModelConfig) ->
             f"{tuning.seq_length}, got {options.tokens}; give more, or lower --global-batch-size or --seq-length"
         )
     read = options.tokens // step_tokens(config) * step_tokens(config)
-    if "fitted" in options.ways and read <= shape.hidden_size:
+    fitted = min(num_fit_tokens(tuning, shape.hidden_size), read)
+    if "fitted" in options.ways and fitted <= shape.hidden_size:
+        what = "tuning.fit_tokens" if fitted < read else "--tokens"
         raise InputError(
-            f"--tokens must be more than {shape.hidden_size} for the way fitted, one for each number of a state, got {read} in whole "
-            "steps; give more, or name other --ways"
+            f"{what} must be more than {shape.hidden_size} for the way fitted, one for each number of a state, got {fitted} in "
+            "whole steps; give more, or name other --ways"
         )
 
 

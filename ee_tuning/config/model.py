@@ -46,8 +46,8 @@ class ExitsSection:
     """The exit heads: an existing artifact, or the heads to make."""
 
     path: str | None = field(default=None, metadata=PATH)
-    """Exit-heads artifact to start from. Without it, `tune` makes the heads that the other keys describe. --exits
-    overrules the heads that a job file describes; keys beside it that ask for other heads are refused.
+    """Exit-heads artifact to start from. Without it, `tune` makes the heads that the other keys describe. It
+    overrules the heads that a job file describes; flags beside it that ask for other heads are refused.
     """
     exit_layers: tuple[int, ...] | AutoLayers = ()
     """Backbone layers (1-based, increasing) followed by an exit head. auto:8: eight, evenly in depth. auto:8:profile:

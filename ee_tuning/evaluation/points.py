@@ -60,8 +60,11 @@ class PolicySweep:
     def check(self) -> None:
         """Raises InputError where a threshold or a budget is out of range."""
         check_thresholds(self.thresholds)
-        for budget in self.budgets:
+        names = list(map(_of_budget, self.budgets))
+        for budget, name in zip(self.budgets, names, strict=True):
             check_budget(budget)
+            if names.count(name) > 1:
+                raise InputError(f"each budget must be given once, got {name.removeprefix('budget ')} twice")
 
     def points(
         self,

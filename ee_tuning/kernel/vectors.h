@@ -94,7 +94,7 @@ inline void rows_product(const X *x, int64_t num_tokens, int64_t x_stride, const
         const auto shifted = [&](int r, int token, Real<T> product) { take(r, first + token, product); };
         const auto go = [&](auto K) {
             block_product<T, R, K>(x + first * x_stride, x_stride, w, w_stride, size, w + R * w_stride + size * group / groups,
-                                   LANES<T> / groups, shifted);
+                                   std::max<int64_t>(1, LANES<T> / groups), shifted);
         };
         switch (end - first) {
             case 1: go(Tokens<1>{}); break;

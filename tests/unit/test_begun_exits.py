@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from ee_tuning.artifact.begun_exits import check_new_exits, with_begun_exits
+from ee_tuning.artifact.begun_exits import with_begun_exits
 from ee_tuning.artifact.exit_config import CONFIG, ExitHeadsConfig, exit_config_tree
 from ee_tuning.artifact.exit_vocab import VOCAB
 from ee_tuning.cli import main
-from ee_tuning.config import Config, load_config, save_config
+from ee_tuning.config import Config, ExitsSection, load_config, save_config
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.tuning.resume_check import CONFIG as RUN_CONFIG
@@ -86,15 +86,16 @@ def test_keys_that_ask_for_what_is_there_are_no_mistake(exits: Path, keys: dict[
     assert begun({"exits.path": str(exits), **keys}).exits.path == str(exits)
 
 
-def test_exits_of_the_command_line_overrule_those_that_a_job_file_describes(exits: Path, tmp_path: Path) -> None:
-    """A job file that makes exits, and whose second stage can not begin with some of them."""
+def test_an_artifact_overrules_the_exits_that_a_job_file_describes(exits: Path, tmp_path: Path) -> None:
+    """A job file that makes exits, and whose second stage can not begin with some of them; the config.yaml of an older
+    run, given again.
+    """
     job = tmp_path / "job.yaml"
     job.write_text("exits: {exit_layers: [2, 5, 8], architecture: norm, output: tied, verify: false}")
     section = begun({"exits.path": str(exits)}, job).exits
     assert (section.exit_layers, section.architecture, section.output, section.verify) == ((), (), "untied", False)
-    job.write_text(f"exits: {{path: {exits}, output: tied}}")
-    with pytest.raises(InputError, match=r"exits\.output = tied is for new exits"):
-        begun({}, job)
+    job.write_text(f"exits: {{path: {exits}, output: tied, init: copy, seed: 5}}")
+    assert begun({}, job).exits == ExitsSection(path=str(exits))
 
 
 def test_a_run_of_an_earlier_version_goes_on(exits: Path, tmp_path: Path) -> None:
@@ -119,7 +120,19 @@ def test_keys_of_other_new_exits_are_refused(given: dict[str, Any], words: list[
     with pytest.raises(InputError) as caught:
         begun(given)
     assert all(word in str(caught.value) for word in words), caught.value
-    check_new_exits(load_config(None, {"exits.architecture": ["adapter"]}).exits, {"exits.adapter_rank"})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"exits.architecture": ["adapter"], "exits.adapter_rank": "8"},
+        {"exits.adapter_rank": str(ExitsSection().adapter_rank)},
+        {"exits.init": "copy", "tuning.fit_tokens": "0"},
+    ],
+)
+def test_a_default_that_is_given_is_no_mistake(given: dict[str, Any]) -> None:
+    """A script that always gives every flag, refused."""
+    begun({"exits.exit_layers": "2", **given})
 
 
 @pytest.mark.parametrize("flags", ["--output-vocab 50", "--architecture norm"])
