@@ -6,6 +6,7 @@ and all gather the result. Master weights, sums of gradients and moments are flo
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +73,7 @@ class BackboneOptimizer:
         self._masters: dict[str, nn.Parameter] = {}
         for name, each in trained.items():
             each.parameter.requires_grad_()
-            each.parameter.register_post_accumulate_grad_hook(partial(self._accumulate, name))
+            each.parameter.register_post_accumulate_grad_hook(partial(_accumulate, weakref.ref(self), name))
             rows = each.parameter.detach()[self._own_rows(each.parameter)]
             master = torch.promote_types(rows.dtype, torch.float32)
             self._masters[name] = nn.Parameter(rows.to(master, copy=True))
@@ -164,7 +165,8 @@ class BackboneOptimizer:
                 continue
             yield each.plan, self._gathered(each.parameter, self._masters[name].detach())
 
-    def _accumulate(self, name: str, parameter: Tensor) -> None:
+    def accumulate(self, name: str, parameter: Tensor) -> None:
+        """Moves a parameter's gradient to the sums of this step."""
         gradient = parameter.grad
         assert gradient is not None
         master = self._masters[name].dtype
@@ -261,3 +263,11 @@ def _sum_in_buckets(tensors: list[Tensor], group: object) -> None:
         for each, summed in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
             each.copy_(summed.view_as(each))
         bucket = []
+
+
+def _accumulate(optimizer: "weakref.ref[BackboneOptimizer]", name: str, parameter: Tensor) -> None:
+    # A parameter that held the optimizer would keep it, and its process groups, for good: Python's collector does not
+    # see all that torch's autograd holds.
+    owner = optimizer()
+    assert owner is not None
+    owner.accumulate(name, parameter)
