@@ -30,15 +30,15 @@ class Costs:
     final_head: Curve
 
     def of_segment(self, number: int, num_tokens: float) -> float:
-        """Returns the cost of a pass of `count` tokens, possibly a mean number, through a segment."""
+        """Returns the cost of a pass of `num_tokens` tokens, possibly a mean number, through a segment."""
         return _between(self.segments[number], num_tokens)
 
     def of_head(self, layer: int | None, num_tokens: float) -> float:
-        """Returns the cost of a head for `count` tokens; None is the final head."""
+        """Returns the cost of a head for `num_tokens` tokens; None is the final head."""
         return _between(self.final_head if layer is None else self.heads[layer], num_tokens)
 
     def of_all(self, num_tokens: int) -> float:
-        """Returns the cost of a step of `count` tokens at full depth, without exits."""
+        """Returns the cost of a step of `num_tokens` tokens at full depth, without exits."""
         layers = sum(self.of_segment(number, num_tokens) for number in range(len(self.segments)))
         return layers + self.of_head(None, num_tokens)
 

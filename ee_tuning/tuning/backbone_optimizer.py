@@ -6,7 +6,6 @@ and all gather the result. Master weights, sums of gradients and moments are flo
 """
 
 import math
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -73,9 +72,11 @@ class BackboneOptimizer:
         self._masters: dict[str, nn.Parameter] = {}
         for name, each in trained.items():
             each.parameter.requires_grad_()
-            each.parameter.register_post_accumulate_grad_hook(partial(_accumulate, weakref.ref(self), name))
             rows = each.parameter.detach()[self._own_rows(each.parameter)]
             master = torch.promote_types(rows.dtype, torch.float32)
+            # A hook that held this optimizer would keep it, and process groups, as long as the process lives: Python's
+            # collector does not see what autograd holds.
+            each.parameter.register_post_accumulate_grad_hook(partial(_add_gradient, self._gradients, name, master))
             self._masters[name] = nn.Parameter(rows.to(master, copy=True))
         self._adam = adamw(self._masters.values(), tuning, topology.device) if trained else None
 
@@ -140,8 +141,9 @@ class BackboneOptimizer:
 
     def watch_gradients(self, seen: Callable[[Tensor], None]) -> None:
         """Calls `seen` with the sum of a parameter's gradients whenever it has grown, from now on. For dry runs."""
+        sums = self._gradients
         for name, each in self._trained.items():
-            each.parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen(self._gradients[name]))
+            each.parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen(sums[name]))
 
     def state_tensors(self) -> Iterator[Tensor]:
         """Yields this rank's master weights and moments."""
@@ -164,17 +166,6 @@ class BackboneOptimizer:
             if not each.is_first_copy:
                 continue
             yield each.plan, self._gathered(each.parameter, self._masters[name].detach())
-
-    def accumulate(self, name: str, parameter: Tensor) -> None:
-        """Moves a parameter's gradient to the sums of this step."""
-        gradient = parameter.grad
-        assert gradient is not None
-        master = self._masters[name].dtype
-        if name in self._gradients:
-            self._gradients[name].add_(gradient)
-        else:
-            self._gradients[name] = gradient.to(master, copy=gradient.dtype != master)
-        parameter.grad = None
 
     def _sum_over_copies(self, own: dict[str, Tensor]) -> None:
         """Sums gradients of which other stages hold parts, group by group, in the same order on all of them."""
@@ -265,9 +256,12 @@ def _sum_in_buckets(tensors: list[Tensor], group: object) -> None:
         bucket = []
 
 
-def _accumulate(optimizer: "weakref.ref[BackboneOptimizer]", name: str, parameter: Tensor) -> None:
-    # A parameter that held the optimizer would keep it, and its process groups, for good: Python's collector does not
-    # see all that torch's autograd holds.
-    owner = optimizer()
-    assert owner is not None
-    owner.accumulate(name, parameter)
+def _add_gradient(sums: dict[str, Tensor], name: str, dtype: torch.dtype, parameter: Tensor) -> None:
+    """Moves a parameter's gradient to its sum of this step, which has `dtype`."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if name in sums:
+        sums[name].add_(gradient)
+    else:
+        sums[name] = gradient.to(dtype, copy=gradient.dtype != dtype)
+    parameter.grad = None

@@ -1,5 +1,7 @@
 """Training of the model itself over every layout: the same losses, steps and outputs as in one process."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,24 @@ def test_a_teacher_model_teaches_the_same_at_every_layout(
     config = configure(model, tmp_path / "run", tp=tp, pp=pp, **keys)
     assert world.run(tune, job.replace(config, parallel={"sequence_parallel": cuts})) == [True] * 4
     assert_same_records(records(config), records(alone))
+
+
+def is_freed(config: Config) -> bool:
+    tuner = make_tuner(config)
+    tuner.run()
+    assert tuner.backbone is not None
+    optimizer = weakref.ref(tuner.backbone.optimizer)
+    del tuner
+    gc.collect()
+    return optimizer() is None
+
+
+def test_a_run_that_has_ended_is_freed(world: World, model: Path, tmp_path: Path) -> None:
+    """Optimizers, and the threads of their process groups, that a hook of their parameters keeps: hundreds in a process
+    of many runs, each of which wakes a hundred times a second.
+    """
+    config = configure(model, tmp_path / "run", tp=2, pp=2, trainable="last:2", train_iters=1)
+    assert world.run(is_freed, config) == [True] * 4
 
 
 def save(config: Config) -> str:

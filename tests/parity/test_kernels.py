@@ -169,6 +169,18 @@ def test_tokens_one_by_one_are_the_bits_of_a_block(llama: Subject) -> None:
     assert torch.equal(torch.cat(one_by_one), block)
 
 
+def test_a_token_is_the_same_bits_in_passes_of_any_length(llama: Subject) -> None:
+    """A number of tokens for which the matrices have no group, or that leaves the last of them out."""
+    hidden = llama.states(calls.MOST_TOKENS)
+    states, *_ = llama.run(hidden, [0], [0], [len(hidden)])
+    head = llama.stage.heads[len(llama.stage.segments) - 1]
+    answers = head.ask(ExitInput(hidden))
+    for count in range(1, len(hidden)):
+        assert torch.equal(llama.run(hidden[:count], [0], [0], [count])[0], states[:count]), count
+        for got, whole in zip(head.ask(ExitInput(hidden[:count])), answers, strict=True):
+            assert torch.equal(got, whole[:count]), count
+
+
 def test_nan_is_no_token_of_certainty(llama: Subject) -> None:
     """A broken model's states that pass for sure of something."""
     states = llama.states(3)
