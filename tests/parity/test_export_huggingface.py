@@ -21,7 +21,7 @@ from ee_tuning import cli
 SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64], [99, 1, 0]]
 THRESHOLDS = (1.1, 0.8, 0.4)
-NEW_TOKENS = 16
+NEW_TOKENS = 24
 
 STRANGER = """
 import json, sys

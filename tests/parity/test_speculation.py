@@ -13,7 +13,7 @@ from plain_decoder import PlainDecoder
 from random_models import random_llama
 
 from ee_tuning.artifact.load import LoadedModel
-from ee_tuning.engine.cost_model import Costs, expected_costs
+from ee_tuning.engine.cost_model import CACHE_BYTES, COUNTS, Costs, expected_costs, expected_growth
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.speculation import CREDIT_PER_ROUND, FIRST_CREDIT, Speculation
 from ee_tuning.engine.step_plan import Answer
@@ -236,3 +236,18 @@ def test_costs_are_expected_from_weights(llama):
         p.numel() for n, p in loaded.model.backbone.named_parameters() if "embedding" not in n and p.dim() == 2
     )
     assert costs.of_all(1) == pytest.approx(8 * weights, rel=0.01)
+    # five more tokens cost a fifth of a pass each in the cache, and later ones as much: between and beyond COUNTS, too
+    assert [costs.of_all(n) / costs.of_all(1) for n in (2, 6, 8, 22)] == pytest.approx([1.2, 2.0, 2.4, 5.2])
+
+
+@pytest.mark.parametrize(
+    ("device", "num_bytes", "costs"),
+    [
+        ("cpu", CACHE_BYTES - 1, (1.0, 2.0, 4.0)),
+        ("cpu", CACHE_BYTES, (1.0, 1.3, 2.5)),
+        ("cuda", 0, (1.0, 1.05, 1.15)),
+    ],
+)
+def test_more_tokens_cost_what_reading_the_weights_hides(device: str, num_bytes: int, costs: tuple[float, ...]) -> None:
+    """A model in memory that is planned as one in the cache, whose drafts are worth less than they cost."""
+    assert COUNTS == (1, 6, 16) and expected_growth(device, num_bytes) == costs

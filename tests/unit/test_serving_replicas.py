@@ -229,7 +229,7 @@ def test_replicas_take_no_budget_that_each_would_measure(tmp_path: Path):
         serve_replicas(config, ServeSettings(data_parallel_size=2))
 
 
-def test_sockets_lie_where_their_paths_are_short_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_sockets_lie_where_their_paths_are_short_enough(monkeypatch: pytest.MonkeyPatch):
     """A cluster's long TMPDIR, at which a server without --uds ends with a word on --uds."""
     for length, place in ((65, "/" + "t" * 65), (90, "/tmp")):
         monkeypatch.setattr("tempfile.tempdir", "/" + "t" * length)
