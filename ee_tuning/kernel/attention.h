@@ -42,6 +42,8 @@ template <class T, class To> void prepare(const Attention<T> &a, const Real<T> *
 }
 
 // Queries and what they see, of one row and key-value head. A thread keeps one, for the memory in it.
+constexpr int QUERIES = 4;  // that mix values together
+
 template <class T> class RowAttention {
     typedef Real<T> R;
 
@@ -68,11 +70,11 @@ template <class T> class RowAttention {
             totals[q] = exponentials(own, visible);
             for (int64_t i = visible; i < end; ++i) own[i] = 0;
         }
-        for (int64_t q = 0; q < num_queries; q += 4) switch (num_queries - q) {
+        for (int64_t q = 0; q < num_queries; q += QUERIES) switch (num_queries - q) {
             case 1: mix<1>(a, row, group, q, out); break;
             case 2: mix<2>(a, row, group, q, out); break;
             case 3: mix<3>(a, row, group, q, out); break;
-            default: mix<4>(a, row, group, q, out);
+            default: mix<QUERIES>(a, row, group, q, out);
         }
     }
 

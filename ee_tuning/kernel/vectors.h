@@ -52,8 +52,8 @@ template <class T, int N> inline Vector<T> sums(Vector<T> (&v)[N]) {
     return v[0];
 }
 
-// Products of R rows of a matrix with K tokens: take(row, token, product). Meanwhile the rows that are read next are fetched, from `next` on,
-// `step` of their numbers for each vector that is read. X is what tokens are kept in, T what the matrix is.
+// Products of R rows of a matrix with K tokens: take(row, token, product). Meanwhile fetches what is read next: from `next` on, `step` numbers
+// further with each vector. X is what tokens are kept in, T what the matrix is.
 template <class T, int R, int K, class X, class Take>
 inline void block_product(const X *x, int64_t x_stride, const T *w, int64_t w_stride, int64_t size, const T *next, int64_t step, Take take) {
     constexpr int SUMMED = R < LANES<T> ? R : LANES<T>;
@@ -94,7 +94,7 @@ inline void rows_product(const X *x, int64_t num_tokens, int64_t x_stride, const
         const auto shifted = [&](int r, int token, Real<T> product) { take(r, first + token, product); };
         const auto go = [&](auto K) {
             block_product<T, R, K>(x + first * x_stride, x_stride, w, w_stride, size, w + R * w_stride + size * group / groups,
-                                   std::max<int64_t>(1, LANES<T> / groups), shifted);
+                                   (LANES<T> + groups - 1) / groups, shifted);
         };
         switch (end - first) {
             case 1: go(Tokens<1>{}); break;

@@ -47,20 +47,13 @@ def dispatch_in_place(mlp: MoELayer) -> None:
     """Keeps the tokens where they are.
 
     The stock dispatcher would gather them from every rank, though every rank has all of them, and compute each several
-    times. The router's count of tokens for a bias of experts, which no family here has, is left out: Megatron-core
-    compiles that function, and the import of torch's compiler takes five seconds.
+    times.
     """
-    assert not mlp.router.enable_expert_bias
-    mlp.router._apply_expert_bias = _count_nothing
     mlp.eval()  # training mode makes no difference here, and Megatron-core refuses it
     stock, kind = mlp.token_dispatcher, _Tokens if mlp.config.sequence_parallel else _TokensInPlace
     mlp.token_dispatcher = kind(
         stock.num_local_experts, stock.local_expert_indices, mlp.config, get_default_pg_collection()
     )
-
-
-def _count_nothing(routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-    pass
 
 
 class _Tokens(MoEAllGatherTokenDispatcher):

@@ -1,12 +1,12 @@
 """The import of Megatron-core, without torch's compiler and without warnings.
 
 Megatron-core decorates functions that it would fuse with `torch.compile`. The decoration alone imports torch's
-compiler, which takes about a second in each process; the functions are called where fusions are on, which is nowhere
-here (`model/backbone.py`). So they are compiled when they are first called.
+compiler, which takes over a second in each process. All fusions are off here (`model/backbone.py`), so the functions
+stay as they are. A program that wants Megatron-core's own fusions imports it before this package does.
 """
 
-import functools
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Iterator
@@ -15,39 +15,25 @@ from typing import Any
 
 import torch
 
+_ONE_AT_A_TIME = threading.RLock()
+
 
 @contextmanager
 def importing_megatron() -> Iterator[None]:
     """Megatron-core is imported while the context is open, and nothing else is done there."""
-    with warnings.catch_warnings():
+    with _ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron-core warns of each optional library that is not installed
         if "megatron.core.jit" in sys.modules:  # it has taken its decorator already
             yield
             return
-        compile_now = torch.compile
+        compiled = torch.compile
 
-        def compile_when_called(function: Any = None, **options: Any) -> Any:
-            if isinstance(function, types.FunctionType) and not options:
-                return _compiled_when_called(function)
-            return compile_now(function, **options)
+        def as_it_is(model: Any = None, **options: Any) -> Any:
+            is_plain = isinstance(model, types.FunctionType) and not options
+            return model if is_plain else compiled(model, **options)
 
-        torch.compile = compile_when_called  # type: ignore[assignment]
+        torch.compile = as_it_is  # type: ignore[assignment]
         try:
             yield
         finally:
-            torch.compile = compile_now
-
-
-def _compiled_when_called(function: types.FunctionType) -> Any:
-    compiled = None
-
-    @functools.wraps(function)
-    def called(*args: Any, **keys: Any) -> Any:
-        nonlocal compiled
-        if torch.compiler.is_compiling():  # it is traced with its caller
-            return function(*args, **keys)
-        if compiled is None:
-            compiled = torch.compile(function)
-        return compiled(*args, **keys)
-
-    return called
+            torch.compile = compiled

@@ -5,6 +5,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from random_models import random_llama
@@ -129,22 +130,32 @@ def test_a_teacher_model_teaches_the_same_at_every_layout(
     assert_same_records(records(config), records(alone))
 
 
-def is_freed(config: Config) -> bool:
-    tuner = make_tuner(config)
-    tuner.run()
-    assert tuner.backbone is not None
-    optimizer = weakref.ref(tuner.backbone.optimizer)
-    del tuner
-    gc.collect()
-    return optimizer() is None
+def num_threads_after_runs(configs: list[Config]) -> list[int]:
+    """The threads of this rank after each run, whose optimizer is gone."""
+    counts = []
+    for config in configs:
+        tuner = make_tuner(config)
+        tuner.run()
+        assert tuner.backbone is not None
+        optimizer = weakref.ref(tuner.backbone.optimizer)
+        del tuner
+        gc.collect()
+        assert optimizer() is None
+        counts.append(psutil.Process().num_threads())
+    return counts
 
 
-def test_a_run_that_has_ended_is_freed(world: World, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trainable", ["lora", "all"])
+def test_a_run_that_has_ended_is_freed(world: World, model: Path, tmp_path: Path, trainable: str) -> None:
     """Optimizers, and the threads of their process groups, that a hook of their parameters keeps: hundreds in a process
     of many runs, each of which wakes a hundred times a second.
     """
-    config = configure(model, tmp_path / "run", tp=2, pp=2, trainable="last:2", train_iters=1)
-    assert world.run(is_freed, config) == [True] * 4
+    keys = {"tp": 2, "pp": 2, "trainable": trainable, "train_iters": 1}
+    configs = [configure(model, tmp_path / f"run{n}", **keys) for n in range(4)]
+    if trainable == "all":
+        configs = [job.replace(config, exits={"output": "shared"}) for config in configs]
+    for first, *_, last in world.run(num_threads_after_runs, configs):
+        assert last <= first + 2, "each run leaves some"
 
 
 def save(config: Config) -> str:

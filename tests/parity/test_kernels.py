@@ -85,7 +85,7 @@ class Subject:
         )
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "float64", "bfloat16"])
 def llama(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Subject:
     return Subject(load(tmp_path_factory.mktemp("llama"), dtype=request.param))
 
@@ -179,6 +179,9 @@ def test_a_token_is_the_same_bits_in_passes_of_any_length(llama: Subject) -> Non
         assert torch.equal(llama.run(hidden[:count], [0], [0], [count])[0], states[:count]), count
         for got, whole in zip(head.ask(ExitInput(hidden[:count])), answers, strict=True):
             assert torch.equal(got, whole[:count]), count
+    for token in range(len(hidden)):
+        for got, whole in zip(head.ask(ExitInput(hidden[token : token + 1])), answers, strict=True):
+            assert torch.equal(got, whole[token : token + 1]), token
 
 
 def test_nan_is_no_token_of_certainty(llama: Subject) -> None:
