@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from ee_tuning import __version__
 from ee_tuning.commands import COMMANDS
+from ee_tuning.config import INTEGER_LIMIT
 from ee_tuning.config.paths import expanded
 from ee_tuning.errors import InputError
 from ee_tuning.interrupts import interrupts_raised, were_interrupted
@@ -83,6 +84,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
     for name, value in vars(args).items():
+        _check_size(name, value)
         setattr(args, name, _as_meant(name, value))
     if unknown:
         row: _Parser = getattr(args, "parser", parser)
@@ -93,6 +95,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def _check_size(name: str, value: Any) -> None:
+    """Raises InputError where a number of an argument is not below INTEGER_LIMIT."""
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, int) and abs(each) >= INTEGER_LIMIT:
+            raise InputError(
+                f"--{name.replace('_', '-')} must be a number below 2^63, got one of {each.bit_length()} bits; give a smaller one"
+            )
+
+
 def _as_meant(name: str, value: Any) -> Any:
     """Returns an argument as the user meant it: paths expanded, and texts for a model decoded as UTF-8."""
     if isinstance(value, Path):  # shells do not expand the ~ of --output=~/x
@@ -101,10 +112,6 @@ def _as_meant(name: str, value: Any) -> Any:
             raise InputError(
                 f"--output must end in a name, because it is first written beside its destination, got {value}; give {value / 'NAME'}"
             )
-    elif any(isinstance(each, int) and abs(each) >= 2**63 for each in (value if isinstance(value, list) else [value])):
-        raise InputError(
-            f"--{name.replace('_', '-')} must be a number below 2^63, got a longer one; give a smaller one"
-        )
     elif name == "config" and isinstance(value, str):
         value = expanded(value, "CONFIG")
     elif name in _TEXTS and value is not None:

@@ -31,6 +31,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.yaml_file import parse_yaml
 
 __all__ = [
+    "INTEGER_LIMIT",
     "Architecture",
     "Config",
     "DType",
@@ -49,6 +50,8 @@ __all__ = [
     "save_config",
 ]
 
+INTEGER_LIMIT = 2**63
+"""Whole numbers, without their sign, are smaller: torch's integers have 64 bits."""
 _GROUPED = re.compile(r"-?[1-9][0-9]*(_[0-9]+)+")
 """1_000."""
 _MAY_BE_INFINITE = ("generation.threshold",)
@@ -230,15 +233,14 @@ def _convert_scalar(value: Any, hint: type, where: str, name: str) -> Any:
             raise InputError(f"{where}: {name} must be a number, got nan")
         if isinstance(value, float) and math.isinf(value) and name not in _MAY_BE_INFINITE:
             raise InputError(f"{where}: {name} must be a number, got {value}, which is not finite")
-        if hint is int and isinstance(value, int) and abs(value) >= 2**64:  # a seed may have 64 bits
-            raise InputError(
-                f"{where}: {name} must be a whole number of at most 64 bits, got one of {len(str(value))} digits"
-            )
+        if hint is int and isinstance(value, int) and abs(value) >= INTEGER_LIMIT:
+            raise InputError(f"{where}: {name} must be a whole number below 2^63, got one of {value.bit_length()} bits")
         try:
             return hint(value)
         except OverflowError as error:  # an integer of hundreds of digits
+            assert isinstance(value, int)
             raise InputError(
-                f"{where}: {name} must be a number that a float can hold, got one of {len(str(value))} digits"
+                f"{where}: {name} must be a number that a float can hold, got one of {value.bit_length()} bits"
             ) from error
     raise InputError(f"{where}: {name} must be {words[hint]}, got {value!r}")
 

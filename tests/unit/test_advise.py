@@ -97,7 +97,7 @@ def test_the_text_and_the_object_tell_the_same(capsys):
         (["--efficiency", "2"], "--efficiency"),
         (["--gpu", "abacus"], "--gpu"),
         (["--set", "tuning.ttt_steps=-5"], "tuning.ttt_steps must be at least 1, got -5"),
-        (["--set", "tuning.train_iters=1" + "0" * 400], "tuning.train_iters must be a whole number of at most 64 bits"),
+        (["--set", "tuning.train_iters=1" + "0" * 400], "tuning.train_iters must be a whole number below 2^63"),
     ],
     ids=lambda value: value[0] + value[1][:20] if isinstance(value, list) else "",
 )
