@@ -18,8 +18,12 @@ def load_job_samples(
     needs_validation: bool | None = None,
     by_document: bool = False,
 ) -> Splits:
-    """Like `load_samples`, for a job's model, tokenizer and data, or for other `data`. Samples are as long as those of
-    tuning, and a validation split is needed where tuning validates, unless given otherwise.
+    """Loads the training and validation samples of a job, from its own data or from other `data`, with its tokenizer
+    and for its `model`. All ranks of `topology` call it.
+
+    Samples are as long as those of tuning, and a validation split is needed where tuning validates, unless given
+    otherwise. With `by_document`, each sample is the beginning of one document. Raises InputError where the texts can
+    not be used; `load_samples` lists the reasons.
     """
     return load_samples(
         data or config.data,
