@@ -76,7 +76,6 @@ class PagedAttention(CapturedAttention):
 
     @staticmethod
     def suits(rows: list[SlotMapping], num_seen: int, bytes_per_place: int) -> bool:
-        """Supports any."""
         return True
 
     def prepared(self, positions: Tensor, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -105,7 +104,7 @@ class VarlenAttention(CapturedAttention):
 
     @property
     def num_blocks(self) -> int:
-        """The first block says where a sequence begins."""
+        """One: the first block says where a sequence begins."""
         return 1
 
     @staticmethod

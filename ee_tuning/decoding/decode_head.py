@@ -135,8 +135,8 @@ class DecodeExitHead(DecodeHead):
 
     @property
     def is_fully_native(self) -> bool:
-        """torch runs an adapter, and the kernel then its norm and output matrix; torch also runs a linear map and
-        everything before it.
+        """Whether the kernels run the whole head. torch runs an adapter, and the kernels then its norm and output
+        matrix; torch also runs a linear map and everything before it.
         """
         is_torchs = self._is_mapped or isinstance(self.head, AdapterHead)
         return self.native is not None and not is_torchs and (self.layer is None or self.layer.is_native)

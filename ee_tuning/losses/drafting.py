@@ -169,7 +169,9 @@ class DraftTeacher:
     num_steps: int
 
     def chunk(self, part: slice, buffers: TeacherBuffers, vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
-        """Logits are computed once per place, even if several steps refer to it."""
+        """Returns the teacher's distributions for the tokens of `part`. Logits are computed once per place, even if
+        several steps refer to it.
+        """
         s, b, _ = self.hidden.shape
         width, stop = self.num_steps * b, min(part.stop, s * self.num_steps * b)
         first = min(part.start // width + 1, s - 1)

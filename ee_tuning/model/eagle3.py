@@ -160,7 +160,9 @@ class _UnrolledText:
         self._values: list[Tensor] = []
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """A step's tokens stand one place behind those of the step before."""
+        """Adds the keys and values of the next step, and returns the attention's output for its queries. A step's
+        tokens stand one place behind those of the step before.
+        """
         known = None if self._documents is None else self._documents.positions
         places = torch.arange(query.shape[0], device=query.device)[:, None] if known is None else known.t()
         places = places + len(self._keys)

@@ -300,7 +300,9 @@ class LayerHead(NormHead):
         return tuple(name for name, _ in self.named_parameters() if "q_layernorm" in name or "k_layernorm" in name)
 
     def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
-        """Hidden states are whole sequences [s, b, h] where `inputs.layer_output` is None."""
+        """Returns the normed output of the head's own layer. The layer is run here where `inputs.layer_output` is None,
+        and `inputs.hidden` must then be whole sequences [s, b, h].
+        """
         out = inputs.layer_output
         return self.norm(
             apply_layer(self.layer, inputs.hidden, self._backbones[1], self.config, inputs.documents)

@@ -51,7 +51,9 @@ def check_resumable(config: Config, folder: Path) -> None:
 
 
 def _fixed_values(config: Config) -> dict[str, Any]:
-    """Keys of new exits do not count where the exits are an artifact."""
+    """Returns the values of a job that a resumed run must have, too. Keys that describe new exits are not among them
+    where the exits are an artifact.
+    """
     return {
         f"{section}.{key}": value
         for section, values in vars(config).items()
