@@ -20,7 +20,7 @@ from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 
 MAX_IN_FLIGHT = 2
-"""Unfinished sends of micro-batches to one receiver."""
+"""Most unfinished sends of micro-batches to one receiver."""
 
 
 def isend(tensor: Tensor, peer: int, group: Group) -> Any:

@@ -62,16 +62,15 @@ class Relay:
         dtype: torch.dtype,
         *,
         sends: tuple[int, ...] | None = None,
-        max_in_flight: int = MAX_IN_FLIGHT,
     ) -> None:
         """`shape` and `dtype` describe the received hidden states of one micro-batch, `sends` the shape of the sent
-        ones if it differs. At most `max_in_flight` sends may be unfinished.
+        ones if it differs.
         """
         self.seconds_waited = 0.0
         """Seconds that this stage has waited for other stages. On a GPU only the host's waiting counts."""
         self._topology, self._shape, self._dtype = topology, shape, dtype
         self._sends = shape if sends is None else sends
-        self._pending = PendingSends(topology, max_in_flight)
+        self._pending = PendingSends(topology, MAX_IN_FLIGHT)
         self._num_sent = self._num_received = 0
         self._receiving: _Receive | None = None
         self._more_to_come = not topology.is_first_stage
@@ -101,7 +100,7 @@ class Relay:
         return Received(transfer.hidden, NextAction(next_action))
 
     def send(self, hidden: Tensor, *, next_action: NextAction) -> None:
-        """Sends `hidden` to the next stage. Returns at once unless more than `max_in_flight` sends are unfinished.
+        """Sends `hidden` to the next stage. Returns at once unless more than MAX_IN_FLIGHT sends are unfinished.
 
         The caller may read `hidden` afterwards but must not write to it.
         """

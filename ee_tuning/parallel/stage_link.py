@@ -21,13 +21,13 @@ from ee_tuning.parallel.watchdog import hang_watchdog
 # t tokens · h hidden
 
 _MAX_IN_FLIGHT = 16
-"""Unfinished sends of hidden states."""
+"""Most unfinished sends of one kind."""
 _BESIDE = 1
 """Tag of messages that overtake decisions in flight."""
 
 
 class StageLink:
-    """This rank's end."""
+    """This rank's end of the messages between stages. Of each kind, a bounded number is unfinished at a time."""
 
     def __init__(self, topology: Topology):
         self.seconds_waited = 0.0

@@ -16,11 +16,9 @@ from ee_tuning.parallel.topology import Topology, init_parallel
 SHAPE = (3, 2, 4)  # [s, b, h]
 
 
-def relay_all(
-    topology: Topology, num_microbatches: int, dtype: torch.dtype, max_in_flight: int = 2
-) -> list[torch.Tensor]:
+def relay_all(topology: Topology, num_microbatches: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """What this stage held of every micro-batch; each stage adds one before it sends on."""
-    relay = Relay(topology, SHAPE, dtype, max_in_flight=max_in_flight)
+    relay = Relay(topology, SHAPE, dtype)
     seen = []
     next_action = NextAction.NEXT
     while next_action is not NextAction.END:
@@ -37,9 +35,8 @@ def relay_all(
 
 
 def relay_on_every_stage(num_microbatches: int, dtype: torch.dtype, max_in_flight: int) -> list[torch.Tensor]:
-    return relay_all(
-        init_parallel(ParallelSection(pipeline_model_parallel_size=4)), num_microbatches, dtype, max_in_flight
-    )
+    with mock.patch("ee_tuning.parallel.relay.MAX_IN_FLIGHT", max_in_flight):
+        return relay_all(init_parallel(ParallelSection(pipeline_model_parallel_size=4)), num_microbatches, dtype)
 
 
 @pytest.mark.parametrize(
