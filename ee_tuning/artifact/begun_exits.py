@@ -53,6 +53,11 @@ def check_new_exits(section: ExitsSection, given: Collection[str]) -> None:
             )
 
 
+def shown(value: Any) -> Any:
+    """Returns a value of the section as the command line takes it: the items of a tuple joined by commas."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+
 def _check_made(config: Config, given: Collection[str]) -> None:
     """Checks keys of the command line for exits that the job makes."""
     section = config.exits
@@ -109,9 +114,8 @@ def _other(key: str, asked: Any, held: ExitHeadsConfig) -> str | None:
 
 
 def _refusal(section: ExitsSection, key: str, asked: Any, has: str) -> str:
-    value = ",".join(map(str, asked)) if isinstance(asked, tuple) else asked
     return (
-        f"{key} = {value} is for new exits, and those in exits.path = {section.path} {has}; leave it out, or make new ones "
+        f"{key} = {shown(asked)} is for new exits, and those in exits.path = {section.path} {has}; leave it out, or make new ones "
         "without --exits"
     )
 

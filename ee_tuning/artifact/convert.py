@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from ee_tuning.artifact.begun_exits import shown
 from ee_tuning.artifact.ee_llm import EELLMExits
 from ee_tuning.artifact.exit_config import ExitHeadsConfig
 from ee_tuning.artifact.exit_heads import check_output, save_exit_heads, write_exit_heads
@@ -283,9 +284,8 @@ def _check(config: Config, model: ModelConfig, reader: BackboneSource) -> None:
     if _wants_found(reader, config):
         for key in ("architecture", "aux_layers", "adapter_rank", "init", "output", "output_vocab"):
             if (asked := getattr(config.exits, key)) != getattr(ExitsSection(), key):
-                value = ",".join(asked) if key == "architecture" else asked
                 raise InputError(
-                    f"exits.{key} = {value} is for new exits, and the checkpoint's own are asked for; give --exit-layers, or "
+                    f"exits.{key} = {shown(asked)} is for new exits, and the checkpoint's own are asked for; give --exit-layers, or "
                     f"leave exits.{key} out"
                 )
         EELLMExits(reader, model, "")
