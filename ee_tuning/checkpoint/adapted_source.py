@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
-from ee_tuning.checkpoint.trained_names import PREFIX
+from ee_tuning.checkpoint.trained_names import PEFT_PREFIX
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
 from ee_tuning.model_config.config import ModelConfig
@@ -148,7 +148,7 @@ def _lora_pairs(weights: SafetensorsFolder, shapes: dict[str, TensorShape]) -> d
     """Returns the model's tensor -> its A and B. Raises InputError where one fits no matrix."""
     pairs: dict[str, tuple[str, str]] = {}
     for name in weights.names():
-        stem, _, kind = name.removeprefix(PREFIX).rpartition(".lora_")
+        stem, _, kind = name.removeprefix(PEFT_PREFIX).rpartition(".lora_")
         target, partner = f"{stem}.weight", f"{name[: -len(kind)]}{'B' if kind[:1] == 'A' else 'A'}{kind[1:]}"
         if kind not in ("A.weight", "B.weight") or target not in shapes or partner not in weights.files:
             raise InputError(

@@ -12,9 +12,9 @@ from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.model_config.lora_targets import FUSED, ROW_PARALLEL, TARGETS, target_shape
 from ee_tuning.storage.tensor_slice import Shard, TensorShape, TensorSlice
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 """peft's prefix for the names inside its wrapper."""
-_FIELDS = {
+_HF_FIELDS = {
     "q_proj": "query",
     "k_proj": "key",
     "v_proj": "value",
@@ -63,7 +63,7 @@ def check_tied(tuning: TuningSection) -> None:
 
 def lora_targets(tuning: TuningSection, config: ModelConfig) -> tuple[str, ...]:
     """Returns the linear maps beside which LoRA trains. Raises InputError where the model has none of that name."""
-    if not has_targets(config):
+    if not has_lora_targets(config):
         raise InputError(
             f"tuning.trainable = lora is for models with {', '.join(TARGETS[:3])}, …, and a {config.family} has fused or "
             "transposed matrices; use mlp, last:K or backbone"
@@ -163,13 +163,13 @@ def has_partial_gradient(parameter: str, *, is_replicated: bool, cuts_sequence: 
     return is_replicated and (cuts_sequence or "q_layernorm" in parameter or "k_layernorm" in parameter)
 
 
-def target_stem(target: str, names: HFNames) -> str:
+def lora_target_stem(target: str, names: HFNames) -> str:
     """Returns the name of a linear map within its layer."""
-    stem: str = getattr(names, _FIELDS[target])
+    stem: str = getattr(names, _HF_FIELDS[target])
     return stem
 
 
-def has_targets(config: ModelConfig) -> bool:
+def has_lora_targets(config: ModelConfig) -> bool:
     """Whether the family's linear maps are single ones with these names."""
     names = HF_NAMES[config.family]
     return not names.is_transposed and names.query != names.key
@@ -181,7 +181,7 @@ def lora_shard(parameter: str, config: ModelConfig, rank: int, tp: int, tp_rank:
     """
     path, matrix = parameter.rsplit(".", 1)
     target, index, names = path.rpartition(".")[2], path.split(".")[2], HF_NAMES[config.family]
-    name = f"{PREFIX}{names.layers}.{index}.{target_stem(target, names)}.{matrix}.weight"
+    name = f"{PEFT_PREFIX}{names.layers}.{index}.{lora_target_stem(target, names)}.{matrix}.weight"
     outputs, inputs = target_shape(target, config)
     cuts_columns = target in ROW_PARALLEL
     if matrix == "lora_A":
