@@ -37,20 +37,20 @@ def verify_folder(folder: Path, *, trust_pickle: bool = False) -> bool:
     be checked.
     """
     if holds_manifest(folder):
-        _check_folder(folder)
+        _check_manifest(folder)
         return True
     if is_gguf(folder):
-        return verify_foreign(folder, trust_pickle=trust_pickle)
+        return _verify_foreign(folder, trust_pickle=trust_pickle)
     if not folder.is_dir():
         raise InputError(f"verify takes a folder or a GGUF file, and {folder} is not there")
     within = sorted(path.parent for path in folder.glob(f"**/{MANIFEST}") if holds_manifest(path.parent))
-    is_finite = verify_foreign(folder, trust_pickle=trust_pickle) if has_weights(folder) or not within else True
+    is_finite = _verify_foreign(folder, trust_pickle=trust_pickle) if has_weights(folder) or not within else True
     for each in within:
-        _check_folder(each)
+        _check_manifest(each)
     return is_finite
 
 
-def _check_folder(folder: Path) -> None:
+def _check_manifest(folder: Path) -> None:
     files = read_manifest(folder, _REMEDY)
     for name, entry in files.items():
         check_file(folder / name, entry, _REMEDY)
@@ -61,7 +61,7 @@ def _check_folder(folder: Path) -> None:
             print(f"{folder / name}  not in the manifest, not checked")
 
 
-def verify_foreign(path: Path, *, trust_pickle: bool = False) -> bool:
+def _verify_foreign(path: Path, *, trust_pickle: bool = False) -> bool:
     """Prints a line per file, then what could not be checked. Returns whether all values are finite.
 
     `trust_pickle` is as in the model section. Raises InputError, naming the file, at the first damage, and where `path`
@@ -131,7 +131,7 @@ def _gguf(path: Path, watch: NonFiniteCheck) -> list[str]:
 def _distributed(folder: Path, watch: NonFiniteCheck) -> list[str]:
     checkpoint, counts = DistributedCheckpoint(folder), dict[str, int]()
     for key, file, tensor in checkpoint.stored_tensors():
-        _check(key, tensor, watch)
+        _check_tensor(key, tensor, watch)
         counts[file] = counts.get(file, 0) + 1
     for file, num in counts.items():
         print(f"{folder / file}  {num} tensors, their stored checksums agree", flush=True)
@@ -142,14 +142,14 @@ def _legacy(folder: Path, watch: NonFiniteCheck, trust_pickle: bool) -> list[str
     counts = dict[Path, int]()
     for table in LegacyCheckpoint(folder, is_trusted=trust_pickle).tables:
         for key, tensor in table.items():
-            _check(key, tensor, watch)
+            _check_tensor(key, tensor, watch)
             counts[tensor.archive.path] = counts.get(tensor.archive.path, 0) + 1
     for path, num in counts.items():
         print(f"{path}  {num} tensors of the model, their stored checksums agree", flush=True)
     return ["not checked: the optimizer's and random states beside the model"]
 
 
-def _check(key: str, tensor: StoredTensor, watch: NonFiniteCheck) -> None:
+def _check_tensor(key: str, tensor: StoredTensor, watch: NonFiniteCheck) -> None:
     tensor.check()
     for _ in watch.checked(key, _blocks(tensor)):
         pass
