@@ -11,7 +11,7 @@ from random_models import random_llama
 
 from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.config import load_config
-from ee_tuning.engine import draft_head
+from ee_tuning.engine import draft_head_proposer
 from ee_tuning.engine.engine import Engine
 from ee_tuning.errors import InputError
 from ee_tuning.model.eagle3 import Eagle3Head
@@ -34,7 +34,7 @@ def load(folder: Path, listed: tuple[int, ...], aux_layers: list[int]) -> Loaded
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random head drafts as many tokens as it may: it believes that they are right."""
-    monkeypatch.setattr(draft_head, "PRIOR", 9.0)
+    monkeypatch.setattr(draft_head_proposer, "PRIOR", 9.0)
 
 
 @pytest.fixture(scope="module", params=[(), LISTED], ids=["whole vocabulary", "listed"])

@@ -1,0 +1,104 @@
+"""Speculative decoding with a drafting head: it drafts behind each check, and one pass of the model checks all
+drafts.
+"""
+
+import torch
+
+from ee_tuning.engine.cost_model import Costs, head_cost
+from ee_tuning.engine.draft_head import DraftHead, DraftInput
+from ee_tuning.engine.draft_proposer import keep_agreed
+from ee_tuning.engine.sequence import Sequence
+from ee_tuning.engine.stage_model import StageModel
+from ee_tuning.engine.step_plan import Answer, RowOutput, RowPlan, plan_of_check
+from ee_tuning.parallel.stage_link import StageLink
+
+MOST_DRAFTS = 8
+"""Most drafts of a round."""
+MEMORY, PRIOR = 0.98, 0.7
+"""Weight of a count after the next one; prior probability of the first draft."""
+TRY_EVERY = 16
+"""Rounds without drafts after which one token is drafted, to see whether the text has become easier."""
+
+
+class DraftHeadProposer:
+    """Plans the drafts of an engine's sequences, each of which may have `max_pending`. All ranks plan the same; those
+    of the last stage have the `head`, and send its drafts to the others over `link`.
+    """
+
+    def __init__(self, head: DraftHead | None, link: StageLink, costs: Costs, stage: StageModel):
+        self._head, self._link, self._costs = head, link, costs
+        self._num_layers, self._max_pending = stage.config.num_layers, stage.max_pending
+        self._last_stage = stage.topology.pp - 1
+        self._seen, self._right = [1.0] * MOST_DRAFTS, [PRIOR] * MOST_DRAFTS
+        self._num_rounds = 0
+
+    def plan(self, sequence: Sequence, num_rows: int) -> RowPlan:
+        """Returns the row of a sequence whose newest token and its drafts are scheduled."""
+        return plan_of_check(sequence, num_rows)
+
+    def update(self, row: RowPlan, output: RowOutput) -> list[tuple[Answer, int]]:
+        """Checks the drafts of a sequence: final tokens, each with the layer that it left at."""
+        were_looked_up = row.sequence.drafts.are_complete
+        num_kept = keep_agreed(row.sequence, output.answers)
+        for place in range(0 if were_looked_up else min(num_kept + 1, len(output.answers) - 1)):
+            self._seen[place] = MEMORY * self._seen[place] + 1
+            self._right[place] = MEMORY * self._right[place] + (place < num_kept)
+        return [(answer, self._num_layers) for answer in output.answers[: num_kept + 1]]
+
+    def propose(self, read: list[tuple[Sequence, RowOutput]]) -> None:
+        """Reads the states that steps computed of sequences whose newest tokens are final, and adds drafts to those
+        that decode.
+        """
+        counts = [self._length(sequence) if _decodes(sequence) else 0 for sequence, _ in read]
+        if not read:
+            return
+        tokens = torch.empty(sum(counts), dtype=torch.int64)
+        if self._head is not None:
+            inputs = [
+                self._input(self._head, sequence, output, count)
+                for (sequence, output), count in zip(read, counts, strict=True)
+            ]
+            tokens = torch.tensor([token for drafts in self._head.draft(inputs) for token in drafts], dtype=torch.int64)
+        if len(tokens) and self._last_stage > 0:
+            self._link.broadcast(tokens, self._last_stage)
+        drafts = iter(tokens.tolist())
+        for (sequence, _), count in zip(read, counts, strict=True):
+            sequence.add_drafts([next(drafts) for _ in range(count)], self._num_layers)
+
+    def _input(self, head: DraftHead, sequence: Sequence, output: RowOutput, num_drafts: int) -> DraftInput:
+        start, states = head.states_of(sequence, output.read_states)
+        # States of rejected drafts are useless, and the newest token's are not computed yet.
+        known = states[: sequence.num_final - 1 - start]
+        return DraftInput(sequence=sequence, start=start, states=known, num_drafts=num_drafts)
+
+    def rate(self, sequence: Sequence) -> float:
+        """Returns tokens per second and sequence with the head's drafts."""
+        return self._best(sequence)[1]
+
+    def _length(self, sequence: Sequence) -> int:
+        """Returns the number of drafts; sometimes one, even if no draft seems to pay."""
+        best, _, most = self._best(sequence)
+        self._num_rounds += 1
+        return best or max(0, min(most, int(self._num_rounds % TRY_EVERY == 0)))
+
+    def _best(self, sequence: Sequence) -> tuple[int, float, int]:
+        """Returns the number of drafts with most tokens per second by past acceptance, that rate, and the number of
+        drafts that there is room for.
+        """
+        assert sequence.slot_mapping is not None
+        room = len(sequence.slot_mapping.index) - len(sequence.tokens)
+        most = min(MOST_DRAFTS, self._max_pending, sequence.limit - len(sequence.tokens) - 1, room)
+        num_rows, costs = sequence.drafts.num_rows, self._costs
+        best, best_rate, expected, share = 0, 1 / costs.of_all(num_rows), 1.0, 1.0
+        for count in range(1, most + 1):
+            share *= self._right[count - 1] / self._seen[count - 1]
+            expected += share
+            rate = expected / (costs.of_all(num_rows * (count + 1)) + count * head_cost(costs, num_rows))
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return best, best_rate, most
+
+
+def _decodes(sequence: Sequence) -> bool:
+    """Whether all tokens but the newest are computed."""
+    return sequence.num_output > 0 and sequence.num_computed[-1] == len(sequence.tokens) - 1
