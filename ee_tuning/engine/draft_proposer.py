@@ -14,6 +14,9 @@ from ee_tuning.engine.stage_model import StageModel
 from ee_tuning.engine.step_plan import Answer, RowOutput, RowPlan, plan_of_check
 from ee_tuning.kernel import calls
 
+MOST_FORCED = 15
+"""Most tokens without a choice that are drafted at once."""
+
 
 class DraftProposer:
     """Plans the drafts of an engine's sequences, each of which may have `max_pending`."""
@@ -135,10 +138,6 @@ def keep_agreed(sequence: Sequence, answers: list[Answer]) -> int:
     sequence.truncate(len(sequence.tokens) + num_kept)
     sequence.drafts.begin({})
     return num_kept
-
-
-MOST_FORCED = 15
-"""Most tokens without a choice that are drafted at once."""
 
 
 def fit_drafts(sequence: Sequence, max_pending: int, num_layers: int, room_of: Callable[[Sequence, int], int]) -> None:
