@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import torch
 
+from ee_tuning.decoding.eager_attention import BLOCK_SIZE
 from ee_tuning.engine.cost_model import expected_costs
 from ee_tuning.engine.draft_head import DraftHead
 from ee_tuning.engine.draft_head_proposer import MOST_DRAFTS, DraftHeadProposer
 from ee_tuning.engine.draft_proposer import DraftProposer, fit_drafts
 from ee_tuning.engine.in_flight import Finished, InFlightSteps
-from ee_tuning.engine.kv_cache import BLOCK_SIZE, KVCache, blocks_for
+from ee_tuning.engine.kv_cache import KVCache, blocks_for
 from ee_tuning.engine.model_runner import ModelRunner
 from ee_tuning.engine.requests import check_request
 from ee_tuning.engine.scheduler import Scheduler

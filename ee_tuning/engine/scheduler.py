@@ -9,7 +9,8 @@ import time
 from collections import deque
 from collections.abc import Set
 
-from ee_tuning.engine.kv_cache import BLOCK_SIZE, KVCache, block_key, blocks_for
+from ee_tuning.decoding.eager_attention import BLOCK_SIZE
+from ee_tuning.engine.kv_cache import KVCache, block_key, blocks_for
 from ee_tuning.engine.sequence import Sequence
 
 

@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-from ee_tuning.engine.kv_cache import BLOCK_SIZE
+from ee_tuning.decoding.eager_attention import BLOCK_SIZE
 from ee_tuning.errors import InputError
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.parallel.collectives import gather_lists
