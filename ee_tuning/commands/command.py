@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ee_tuning.config import Config, load_config
-from ee_tuning.config.placement import AutoLayers
 from ee_tuning.errors import InputError
 from ee_tuning.flags import DEFAULTS, add_config_flags
 from ee_tuning.storage.apart import check_apart
@@ -40,8 +39,7 @@ def with_measured_layers(config: Config) -> Config:
     """Replaces auto:N:profile by layers, as `evaluation.profile.with_exit_layers` does, which is imported only here: it
     takes the whole model along.
     """
-    layers = config.exits.exit_layers
-    if not isinstance(layers, AutoLayers) or not layers.by_profile:
+    if not config.exits.is_placed_by_profile:
         return config
     from ee_tuning.evaluation.profile import with_exit_layers
 

@@ -106,6 +106,11 @@ class ExitsSection:
         return evenly_along(range(1, num_layers + 1), self.exit_layers.num_exits)
 
     @property
+    def is_placed_by_profile(self) -> bool:
+        """Whether new exits are asked for at layers that a run of the model chooses (auto:N:profile)."""
+        return self.path is None and isinstance(self.exit_layers, AutoLayers) and self.exit_layers.by_profile
+
+    @property
     def init_of_tune(self) -> Literal["copy", "random", "fitted"]:
         """`init` of heads that `tune` makes: auto is fitted for exits, because it always has texts."""
         if self.init == "auto":

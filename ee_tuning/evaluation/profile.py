@@ -57,9 +57,10 @@ def with_exit_layers(config: Config) -> Config:
 
     Raises InputError where the model or the text can not be used.
     """
-    wanted = config.exits.exit_layers
-    if config.exits.path is not None or not isinstance(wanted, AutoLayers) or not wanted.by_profile:
+    if not config.exits.is_placed_by_profile:
         return config
+    wanted = config.exits.exit_layers
+    assert isinstance(wanted, AutoLayers)
     topology = init_parallel(ParallelSection())
     layers = measure_profile(config, topology).exit_layers(wanted.num_exits)
     if topology.is_logging_rank:
