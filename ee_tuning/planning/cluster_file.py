@@ -6,7 +6,7 @@ from typing import Any
 
 from ee_tuning.errors import InputError
 from ee_tuning.planning.gpus import gpu
-from ee_tuning.planning.plan import EFFICIENCY, MOST, Cluster
+from ee_tuning.planning.plan import EFFICIENCY, MOST_TRIED, Cluster
 from ee_tuning.yaml_file import parse_yaml
 
 
@@ -61,8 +61,8 @@ def _check(path: Path, key: str, value: Any) -> None:
     if key == "gpu":
         fits, rule = isinstance(value, str), "a name"
     elif key in ("nodes", "gpus_per_node"):
-        fits = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
-        rule = f"a number in 1..{MOST}"
+        fits = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_TRIED
+        rule = f"a number in 1..{MOST_TRIED}"
     else:
         fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
         rule = "a number above 0"

@@ -18,7 +18,7 @@ EFFICIENCY = 0.5
 """Default share of its peak rate that a GPU is assumed to reach."""
 GPUS_PER_NODE = 8
 """Default number of GPUs per node."""
-MOST = 100_000
+MOST_TRIED = 100_000
 """Most nodes, GPUs per node and replicas that are planned: their divisors are tried one by one."""
 RESERVED_GB = 2.0
 """Memory that each GPU needs for its context, NCCL's buffers and the allocator's losses."""
@@ -142,15 +142,15 @@ def smallest_plan(config: Config, gpu: Gpu, efficiency: float) -> TuningPlan:
 
 def _replica_counts(num_microbatches: int) -> list[int]:
     """Returns the numbers of replicas that divide a step's micro-batches, fewest first."""
-    return [count for count in range(1, min(max(1, num_microbatches), MOST) + 1) if num_microbatches % count == 0]
+    return [count for count in range(1, min(max(1, num_microbatches), MOST_TRIED) + 1) if num_microbatches % count == 0]
 
 
 def make_plan(config: Config, cluster: Cluster) -> TuningPlan:
     """Returns the plan of the job in `config`. Raises InputError like a dry run, and on an invalid cluster."""
     config = with_seq_length(config)
     for name, value in (("nodes", cluster.nodes), ("gpus-per-node", cluster.gpus_per_node)):
-        if not 1 <= value <= MOST:
-            raise InputError(f"--{name} must be at least 1 and at most {MOST}, got {value}")
+        if not 1 <= value <= MOST_TRIED:
+            raise InputError(f"--{name} must be at least 1 and at most {MOST_TRIED}, got {value}")
     if not 0 < cluster.efficiency <= 1:
         raise InputError(f"--efficiency is a share of the peak rate, above 0 and at most 1, got {cluster.efficiency}")
     tuning, parallel, world = config.tuning, config.parallel, cluster.world_size
