@@ -31,7 +31,7 @@ def serves(like: Tensor, parameter: str | None = None) -> bool:
         or torch.cuda.get_device_capability(like.device) < (8, 0)
     ):
         return False
-    is_known = parameter is None or parameter in _names()
+    is_known = parameter is None or parameter in _parameters(varlen_attn())
     return is_known or (parameter == "seqused_k" and _kernel_has_seqused_k())
 
 
@@ -52,7 +52,7 @@ def varlen_attention(
     """Like torch's `varlen_attn`. Several query heads share a key head where g is less than n."""
     wanted: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if is_causal else (-1, -1)}
     wanted |= {name: x for name, x in (("seqused_k", seqused_k), ("block_table", block_table)) if x is not None}
-    if wanted.keys() <= (names := _names()):
+    if wanted.keys() <= (names := _parameters(varlen_attn())):
         if key.shape[-2] != query.shape[-2] and "enable_gqa" in names:
             wanted["enable_gqa"] = True
         out = varlen_attn()(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **wanted)
@@ -76,12 +76,8 @@ def varlen_attn() -> Any:
     return varlen_attn
 
 
-def _names() -> frozenset[str]:
-    return _names_of(varlen_attn())
-
-
 @cache
-def _names_of(function: Any) -> frozenset[str]:
+def _parameters(function: Any) -> frozenset[str]:
     return frozenset() if function is None else frozenset(inspect.signature(function).parameters)
 
 
