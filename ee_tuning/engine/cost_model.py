@@ -10,7 +10,8 @@ COUNTS = (1, 6, 16)
 GROWTH = {"cache": (1.0, 2.0, 4.0), "cpu": (1.0, 1.3, 2.5), "cuda": (1.0, 1.05, 1.15)}
 """The expected costs of passes of COUNTS tokens, in passes of one token, by where the weights lie: in a processor's
 cache, where they are read faster, in its memory, where reading them hides most of the arithmetic of the first tokens,
-or on a GPU.
+or on a GPU. Those of processors are of 2 cores of an AMD EPYC (Zen 4) with AVX-512 (SmolLM2-135M: docs/benchmarks.md),
+and are taken for other processors, too.
 """
 CACHE_BYTES = 64 << 20
 """Bytes below which a model is assumed to lie in the cache. One number, since every rank has to plan alike."""
