@@ -49,12 +49,9 @@ def serve_replicas(config: Config, settings: ServeSettings) -> int:
     listening = bind(settings)
     set_up_logs()
     try:
-        with (
-            tempfile.TemporaryDirectory(
-                prefix="ee_tuning-", dir=socket_place()
-            ) as folder,  # private to this user, as its sockets are
-            _processes(config, settings, Path(folder)) as processes,
-        ):
+        # Private to this user, as its sockets are.
+        place = tempfile.TemporaryDirectory(prefix="ee_tuning-", dir=socket_place())
+        with place as folder, _processes(config, settings, Path(folder)) as processes:
             return asyncio.run(_serve(config, settings, processes, listening))
     finally:
         listening.close()

@@ -73,11 +73,11 @@ class BackboneOptimizer:
         for name, each in trained.items():
             each.parameter.requires_grad_()
             rows = each.parameter.detach()[self._own_rows(each.parameter)]
-            master = torch.promote_types(rows.dtype, torch.float32)
+            dtype = torch.promote_types(rows.dtype, torch.float32)
             # A hook that held this optimizer would keep it, and process groups, as long as the process lives: Python's
             # collector does not see what autograd holds.
-            each.parameter.register_post_accumulate_grad_hook(partial(_add_gradient, self._gradients, name, master))
-            self._masters[name] = nn.Parameter(rows.to(master, copy=True))
+            each.parameter.register_post_accumulate_grad_hook(partial(_add_gradient, self._gradients, name, dtype))
+            self._masters[name] = nn.Parameter(rows.to(dtype, copy=True))
         self._adam = adamw(self._masters.values(), tuning, topology.device) if trained else None
 
     def choose(self, names: frozenset[str]) -> None:
