@@ -1,9 +1,10 @@
 """The commands of `ee-tuning compare` go through at tensor 2 × pipeline 2."""
 
 import json
-import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 from byte_tokenizer import END, VOCABULARY, write_byte_tokenizer
@@ -12,7 +13,7 @@ from random_models import random_llama
 from ee_tuning import cli
 from ee_tuning.comparison import command
 from ee_tuning.comparison.job import CompareOptions
-from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.config import Config, ParallelSection, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.parallel import topology
 
@@ -20,22 +21,33 @@ TEXT = "".join(f"def f{n}(x):\n    return [x + {n} for x in range({n % 7})] or l
 TINY = {"num_hidden_layers": 4, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
 
 
-def compared_in(folder: str, ways: tuple[str, ...]) -> int | None:
-    """The exit code on rank 0, whose commands the others run too, as torchrun's processes would."""
-    for module in [topology, *(each for name, each in sys.modules.items() if name.startswith("ee_tuning."))]:
-        if hasattr(module, "destroy_parallel"):
-            module.destroy_parallel = lambda: None  # the world goes on
-    if topology.init_parallel(ParallelSection()).rank > 0:
-        while words := received(None):
-            cli.main(words)
-        return None
+def compared_in(folder: str, ways: tuple[str, ...]) -> list[int]:
+    """This rank's exit codes: of the comparison's commands, which all ranks run as torchrun's processes would, and on
+    rank 0 of the comparison itself.
+    """
+    codes = list[int]()
 
     def run(line: list[str], log: Path) -> None:
         assert "torch.distributed.run" in line and line[line.index("--nproc-per-node") + 1] == "4"
-        if cli.main(received(line[line.index("ee_tuning") + 1 :])):
+        codes.append(cli.main(received(line[line.index("ee_tuning") + 1 :])))
+        if codes[-1]:
             raise InputError(f"{log.stem} failed")
 
-    command.launched_rank = lambda: None
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(topology, "destroy_world"))  # the world goes on behind each command
+        patches.enter_context(mock.patch.object(command, "launched_rank", return_value=None))
+        if topology.init_parallel(ParallelSection()).rank > 0:
+            while words := received(None):
+                codes.append(cli.main(words))
+            return codes
+        try:
+            codes.append(command.compare(*job_of(folder, ways), run))
+        finally:
+            received(None)
+    return codes
+
+
+def job_of(folder: str, ways: tuple[str, ...]) -> tuple[Config, CompareOptions]:
     keys = {
         "model.path": f"{folder}/model",
         "data.paths": [f"{folder}/text.txt"],
@@ -58,10 +70,7 @@ def compared_in(folder: str, ways: tuple[str, ...]) -> int | None:
         num_prompts=1,
         repeats=1,
     )
-    try:
-        return command.compare(load_config(None, keys), options, run)
-    finally:
-        received(None)
+    return load_config(None, keys), options
 
 
 def received(words: list[str] | None) -> Any:
@@ -76,7 +85,8 @@ def test_the_commands_go_through_at_tensor_and_pipeline_parallel_sizes(world: An
     random_llama(tmp_path / "model", vocab_size=VOCABULARY, eos_token_id=END, bos_token_id=END, **TINY)
     write_byte_tokenizer(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
-    ways = ("healed-kl",)
-    assert world.run(compared_in, str(tmp_path), ways)[0] == 0
+    ways = ("exits", "sorted", "healed-kl")
+    codes = world.run(compared_in, str(tmp_path), ways)
+    assert len(codes[0]) > 2 * len(ways) and codes == [[0] * len(codes[0])] + [[0] * (len(codes[0]) - 1)] * 3
     rows = json.loads((tmp_path / "compared" / "compare.json").read_text())["rows"]
     assert {row["way"] for row in rows} >= set(ways) and all(row["loss"]["value"] for row in rows)
