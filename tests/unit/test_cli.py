@@ -199,8 +199,11 @@ def test_an_error_that_one_rank_meets_is_said_by_that_rank(tmp_path: Path):
     for damaged, codes in (((1,), [0, 2]), ((0, 1), [2, 2])):
         log = tmp_path / f"log_{len(damaged)}"
         ranks = Nursery().start_world(2, inspected, damaged, tmp_path / f"store_{len(damaged)}", log=log)
-        ranks.wait(120)
-        assert ranks.codes() == codes
+        try:
+            ranks.wait(120)
+            assert ranks.codes() == codes
+        finally:
+            ranks.kill()
         assert log.read_text().count("ee-tuning: error: damaged") == 1
 
 
