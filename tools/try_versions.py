@@ -59,6 +59,7 @@ _HEAD = """# Versions
 Written by `make test-versions`: a virtual environment for each set, `pip install '.[dev]'` with these versions, and the tests named at the
 top of the columns (passed / failed / skipped). `fast` are those of `make test-fast`, `Megatron` the files that go through most of
 Megatron-core, in several processes, too. Tests that fail beside others are run again, one at a time, and the second result counts.
+A row counts the tests of its day, at the commit in the last column: from one day to the next tests are added, or become slow ones.
 
 | set | Python | torch | transformers | Megatron-core | fast | Megatron | on |
 |---|---|---|---|---|---|---|---|
@@ -116,7 +117,21 @@ def tried(name: str, versions: Versions, base: str, *, keeps: bool) -> tuple[lis
         print(f"{name}: {column} {counts} in {time.monotonic() - begun:.0f} s", flush=True)
     if not keeps:
         shutil.rmtree(folder)
-    return [*row, f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, CPU"], failures
+    return [
+        *row,
+        ", ".join(filter(None, (time.strftime("%Y-%m-%d"), commit(ROOT), platform.machine(), "CPU"))),
+    ], failures
+
+
+def commit(folder: Path) -> str:
+    """Returns the short hash of the commit that is checked out in `folder`, or "" outside git."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
+    except FileNotFoundError:  # git itself is not installed
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def run_tests(python: Path, tests: list[str], outputs: Path) -> tuple[str, list[str]]:

@@ -1,12 +1,13 @@
 """What `make test-versions` puts into its record."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tools.try_versions import ROOT, SETS, counted, working_python
+from tools.try_versions import ROOT, SETS, commit, counted, working_python
 
 
 def test_a_shim_of_a_python_that_is_not_chosen_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,3 +58,14 @@ def test_what_the_package_promises_is_what_is_tried() -> None:
     bounds = re.search(r'"megatron-core>=([\d.]+),<0\.(\d+)"', metadata)
     assert bounds and bounds[1] == oldest.megatron_core
     assert newest.megatron_core.startswith(f"0.{int(bounds[2]) - 1}.")
+
+
+def test_a_row_names_the_commit_that_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts that belong to tests of an unknown day; a record that ends where there is no git."""
+    assert commit(tmp_path) == ""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *words], check=True)
+    assert re.fullmatch("[0-9a-f]{7,}", commit(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit(tmp_path) == ""
