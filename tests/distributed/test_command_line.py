@@ -1,5 +1,5 @@
 """The commands of the README, typed at a shell on the shipped model: convert, tune at TP 2 × PP 2 under torchrun,
-decode over two stages. Layouts of decoding are compared in worlds that exist already (`test_decoding_layouts.py`).
+decode at TP 2. Layouts of decoding are compared in worlds that exist already (`test_decoding_layouts.py`).
 """
 
 import io
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny-python-llama"
 COMMAND = ["-m", "ee_tuning"]
 TWO_BY_TWO = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
-TWO_STAGES = ["--pipeline-model-parallel-size", "2"]
+TENSOR_TWO = ["--tensor-model-parallel-size", "2"]
 
 
 def torchrun(num_processes: int) -> list[str]:
@@ -94,7 +94,7 @@ def test_convert_tune_generate(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert cli.main(generate) in (0, None)
     one = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    two = [json.loads(line) for line in run(*torchrun(2), *generate, *TWO_STAGES, typed="import ").stdout.splitlines()]
+    two = [json.loads(line) for line in run(*torchrun(2), *generate, *TENSOR_TWO, typed="import ").stdout.splitlines()]
     assert len(one) == 2
     for a, b in zip(one, two, strict=True):
         assert (a["token_ids"], a["exit_layers"]) == (b["token_ids"], b["exit_layers"])
