@@ -158,3 +158,10 @@ def test_new_exits_can_be_asked_for_instead(tmp_path: Path) -> None:
     save(tmp_path, 1, (6,), use_exit_block=True)
     with ExitHeadsReader(converted(tmp_path, **{"exits.exit_layers": [3]})) as artifact:
         assert artifact.config.exit_layers == (3,) and artifact.config.init == "copy"
+
+
+def test_keys_of_new_exits_are_shown_as_they_were_typed(tmp_path: Path) -> None:
+    """Parentheses of Python in the refusal of --aux-layers 2,5."""
+    save(tmp_path, 1, (6,))
+    with pytest.raises(InputError, match=r"exits\.aux_layers = 2,5 is for new exits"):
+        converted(tmp_path, **{"exits.aux_layers": [2, 5]})
