@@ -32,7 +32,7 @@ def importing_megatron() -> Iterator[None]:
             is_plain = isinstance(model, types.FunctionType) and not options
             return model if is_plain else compiled(model, **options)
 
-        torch.compile = as_it_is  # type: ignore[assignment]
+        torch.compile = as_it_is
         try:
             yield
         finally:
