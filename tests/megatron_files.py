@@ -19,7 +19,6 @@ from ee_tuning.model.backbone import transformer_config
 from ee_tuning.model_config.config import ModelConfig, read_model_config
 from ee_tuning.model_config.megatron_args import megatron_arguments
 from ee_tuning.parallel.topology import Topology, init_parallel
-from ee_tuning.storage.safetensors_reader import read_shard
 
 
 def saved_arguments(config: ModelConfig, **changes: Any) -> argparse.Namespace:
@@ -104,7 +103,7 @@ def fill(parameters: Iterable[tuple[str, Tensor]], model: str, config: ModelConf
                 whole = reader.full("lm_head.weight" if name.startswith("output") else "model.embed_tokens.weight")
                 parameter.copy_(padded(whole).chunk(tp)[rank])
             else:
-                parameter.copy_(read_shard(reader, backbone_shard(name, config, tp, rank), torch.float32))
+                parameter.copy_(reader.shard(backbone_shard(name, config, tp, rank), torch.float32))
 
 
 def stock_model(config: ModelConfig, topology: Topology, padded_vocab_size: int) -> Any:

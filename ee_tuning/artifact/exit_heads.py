@@ -27,9 +27,10 @@ from ee_tuning.progress import Advance
 from ee_tuning.storage.hashed_file import HashedFile
 from ee_tuning.storage.manifest import MANIFEST, check_manifest, read_manifest
 from ee_tuning.storage.safetensors_layout import SafetensorsLayout
-from ee_tuning.storage.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
+from ee_tuning.storage.safetensors_reader import SafetensorsFolder
 from ee_tuning.storage.shared_folder import write_shared_folder
 from ee_tuning.storage.tensor_folder import write_tensor_folder
+from ee_tuning.storage.tensor_source import ShardSource
 
 STEM, CARD = "exit_heads", "README.md"
 EXIT_SHARD_BYTES = 1_000_000_000
@@ -80,10 +81,10 @@ class ExitHeadsReader(SafetensorsFolder):
 
 
 def read_exit_tensor(
-    source: TensorSource, config: ModelConfig, head: ExitSpec, parameter: str, tp: int, tp_rank: int, dtype: torch.dtype
+    source: ShardSource, config: ModelConfig, head: ExitSpec, parameter: str, tp: int, tp_rank: int, dtype: torch.dtype
 ) -> Tensor:
     """Returns rank `tp_rank`'s part of a parameter (`exit_parameter_names`) of an exit head."""
-    return read_shard(source, exit_shard(head, parameter, config, tp, tp_rank), dtype)
+    return source.shard(exit_shard(head, parameter, config, tp, tp_rank), dtype)
 
 
 def check_bound_to(artifact: ExitHeadsReader, fingerprint: str) -> None:

@@ -16,12 +16,12 @@ from ee_tuning.artifact.exit_names import exit_copy_source, is_residual_projecti
 from ee_tuning.errors import InputError
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.non_finite import check_finite
-from ee_tuning.storage.safetensors_reader import TensorSource
 from ee_tuning.storage.tensor_blocks import BLOCK_BYTES, tensor_blocks
 from ee_tuning.storage.tensor_slice import TensorShape
+from ee_tuning.storage.tensor_source import TensorSource
 
 
-class InitialExits:
+class InitialExits(TensorSource):
     """The initial tensors of the artifact that `exits` describes, in the artifact's dtype.
 
     - copy: a head's norm is the final norm, an `mlp` head's MLP that of the exit layer, a `layer` head's layer the last

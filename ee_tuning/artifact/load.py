@@ -29,7 +29,7 @@ from ee_tuning.model.quantized_linear import QuantizedLinear, quantized_weights
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.storage.safetensors_reader import TensorSource
+from ee_tuning.storage.tensor_source import ShardSource, TensorSource
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Sources:
     """The sources of a stage's weights, and the configurations known before any weights are read."""
 
     config: ModelConfig
-    backbone: TensorSource
+    backbone: ShardSource
     exits: ExitHeadsConfig | None
     """Configuration of the heads; None without exits."""
-    exit_tensors: TensorSource | None
+    exit_tensors: ShardSource | None
 
 
 @dataclass(frozen=True)

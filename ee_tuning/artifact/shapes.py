@@ -36,8 +36,8 @@ def shape_sources(config: Config) -> Sources:
     """
     model = _model_config(config)
     exits = _exits_config(config, model)
-    backbone = ShapesOnly(backbone_tensor_shapes(model), getattr(torch, model.stored_dtype))
-    return Sources(model, backbone, exits, ShapesOnly(exits.tensor_shapes(model), exits.torch_dtype))
+    backbone = ShapesOnly(backbone_tensor_shapes(model))
+    return Sources(model, backbone, exits, ShapesOnly(exits.tensor_shapes(model)))
 
 
 def as_tuned(config: Config, model: ModelConfig | None = None) -> Config:

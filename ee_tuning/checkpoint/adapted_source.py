@@ -16,8 +16,9 @@ from ee_tuning.checkpoint.trained_names import PEFT_PREFIX
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
 from ee_tuning.model_config.config import ModelConfig
-from ee_tuning.storage.safetensors_reader import SafetensorsFolder, TensorSource
+from ee_tuning.storage.safetensors_reader import SafetensorsFolder
 from ee_tuning.storage.tensor_slice import TensorShape
+from ee_tuning.storage.tensor_source import TensorSource
 
 LORA, LORA_STEM = "adapter_config.json", "adapter_model"
 TRAINED, TRAINED_STEM = "trained_config.json", "trained"
@@ -45,7 +46,7 @@ class _Base(TensorSource, Protocol):
     def __exit__(self, *error: object) -> None: ...
 
 
-class AdaptedSource:
+class AdaptedSource(TensorSource):
     """`base` with the weights of `folder` over it. A context manager, and a BackboneSource.
 
     Raises InputError where the folder holds neither form, or tensors that do not fit the model.

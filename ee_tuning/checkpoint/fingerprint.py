@@ -19,7 +19,7 @@ from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.model_config.config import ModelConfig, RopeConfig
-from ee_tuning.storage.safetensors_reader import TensorSource
+from ee_tuning.storage.tensor_source import TensorSource
 
 _SHAPE_FIELDS = (
     "family",

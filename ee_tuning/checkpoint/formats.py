@@ -32,7 +32,7 @@ from ee_tuning.storage.manifest import MANIFEST, ManifestCheck, holds_manifest, 
 from ee_tuning.storage.metadata_pickle import METADATA
 from ee_tuning.storage.missing_weights import refuse_file
 from ee_tuning.storage.open_files import MappedFile
-from ee_tuning.storage.safetensors_reader import TensorSource
+from ee_tuning.storage.tensor_source import TensorSource
 from ee_tuning.storage.torch_file import Archive, saved_arguments
 
 ModelFormat = Literal["huggingface", "megatron", "legacy_megatron", "gguf"]

@@ -22,6 +22,7 @@ from ee_tuning.model_config.config import ModelConfig, model_config_from_hf
 from ee_tuning.model_config.gguf_config import config_of_gguf
 from ee_tuning.storage.tensor_blocks import BLOCK_BYTES
 from ee_tuning.storage.tensor_slice import TensorShape
+from ee_tuning.storage.tensor_source import TensorSource
 
 SUFFIX = ".gguf"
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -55,7 +56,7 @@ def tokenizer_digest(path: Path) -> str:
     return _parsed(path, path.stat().st_mtime_ns).tokenizer_digest
 
 
-class GgufReader:
+class GgufReader(TensorSource):
     """The tensors of a GGUF file under Hugging Face's names; see BackboneSource. A context manager.
 
     Raises InputError, naming the file, where it is no complete GGUF file or holds an unsupported model.

@@ -13,8 +13,9 @@ from ee_tuning.checkpoint.unread import is_buffer, refuse_meaningful, unread
 from ee_tuning.errors import InputError
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.safetensors_file import TensorRange
-from ee_tuning.storage.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
+from ee_tuning.storage.safetensors_reader import SafetensorsFolder
 from ee_tuning.storage.tensor_slice import TensorShape
+from ee_tuning.storage.tensor_source import ShardSource
 
 _BARE = {
     "transformer.": re.compile(r"(wte|wpe|ln_f|h\.\d+)\."),
@@ -102,11 +103,11 @@ def _whole_names(files: Iterable[str]) -> dict[str, str]:
 
 
 def read_backbone_tensor(
-    reader: TensorSource, config: ModelConfig, parameter: str, tp: int, tp_rank: int, dtype: torch.dtype
+    reader: ShardSource, config: ModelConfig, parameter: str, tp: int, tp_rank: int, dtype: torch.dtype
 ) -> Tensor:
     """Returns rank `tp_rank`'s part of a Megatron-core backbone parameter, as `dtype`, on the CPU.
 
     Raises InputError, naming file and tensor, where a tensor is missing, broken or of another shape, and KeyError on an
     unknown parameter.
     """
-    return read_shard(reader, backbone_shard(parameter, config, tp, tp_rank), dtype)
+    return reader.shard(backbone_shard(parameter, config, tp, tp_rank), dtype)

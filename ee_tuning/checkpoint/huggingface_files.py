@@ -10,8 +10,9 @@ from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.non_finite import NonFiniteCheck
 from ee_tuning.storage.safetensors_layout import SafetensorsLayout
-from ee_tuning.storage.safetensors_reader import SafetensorsFolder, TensorSource
+from ee_tuning.storage.safetensors_reader import SafetensorsFolder
 from ee_tuning.storage.tensor_blocks import stored_blocks, tensor_blocks
+from ee_tuning.storage.tensor_source import TensorSource
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.storage.safetensors_reader import DTYPES
 from ee_tuning.storage.tensor_slice import TensorShape, TensorSlice
+from ee_tuning.storage.tensor_source import TensorSource
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _FUSED_NORMS = {
@@ -39,7 +40,7 @@ class StoredSlice:
     row: int
 
 
-class MegatronSource(ABC):
+class MegatronSource(TensorSource, ABC):
     """A backbone in a Megatron checkpoint; see TensorSource. A context manager."""
 
     num_ranks = 1

@@ -12,7 +12,7 @@ import torch
 from ee_tuning.checkpoint.names import embedding_name, output_name
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.notices import warn_once
-from ee_tuning.storage.safetensors_reader import TensorSource
+from ee_tuning.storage.tensor_source import TensorSource
 
 _BLOCK_BYTES = 16 << 20
 

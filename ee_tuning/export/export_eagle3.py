@@ -19,6 +19,7 @@ from ee_tuning.export.folder_writer import MARKS, write_folder
 from ee_tuning.json_file import to_json
 from ee_tuning.storage.safetensors_layout import SafetensorsLayout
 from ee_tuning.storage.tensor_slice import TensorShape
+from ee_tuning.storage.tensor_source import TensorSource
 
 DEFAULT_STEPS = 3
 """Number of tokens for engines to draft, where the head was not tuned here."""
@@ -45,8 +46,8 @@ def export_eagle3(config: Config, output: Path, layout: Layout, *, overwrite: bo
         write_folder(model, backbone_files(tensors, files), output, None, complete)
 
 
-class PublishedTensors:
-    """A TensorSource of an export by published names, from the artifact or its shortlist."""
+class PublishedTensors(TensorSource):
+    """The tensors of an export by published names, from the artifact or its shortlist."""
 
     def __init__(self, artifact: ExitHeadsReader, layout: Layout, vocab_size: int) -> None:
         self._artifact, self._vocab_size = artifact, vocab_size

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ee_tuning.errors import InputError
 from ee_tuning.export.plain_exit import PlainExit
-from ee_tuning.storage.safetensors_reader import TensorSource
 from ee_tuning.storage.tensor_slice import TensorShape
+from ee_tuning.storage.tensor_source import TensorSource
 
 # h hidden · v vocabulary
 
@@ -34,8 +34,8 @@ def folded_map(
     return scaled - scaled.mean(1, keepdim=True) + ((linear @ shift + bias) / len(bias))[:, None]
 
 
-class PlainExitTensors:
-    """The tensors of an exit as a plain model, read by slices: a TensorSource."""
+class PlainExitTensors(TensorSource):
+    """The tensors of an exit as a plain model, read by slices."""
 
     def __init__(
         self, plain: PlainExit, backbone: TensorSource, exits: TensorSource, constant: Tensor | None = None

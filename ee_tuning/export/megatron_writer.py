@@ -32,10 +32,10 @@ from ee_tuning.progress import Advance
 from ee_tuning.storage.distcp_writer import Chunk, DistcpWriter, StoredChunk, write_common, write_metadata
 from ee_tuning.storage.metadata_pickle import METADATA
 from ee_tuning.storage.non_finite import NonFiniteCheck, warn_non_finite
-from ee_tuning.storage.safetensors_reader import TensorSource
 from ee_tuning.storage.shared_folder import write_shared_folder
 from ee_tuning.storage.tensor_blocks import parameter_blocks, parameter_dtype, tensor_blocks
 from ee_tuning.storage.tensor_slice import TensorShape
+from ee_tuning.storage.tensor_source import TensorSource
 
 MARKS = (METADATA, "common.pt", "config.json")
 """File patterns that identify an export of this format, and not a checkpoint of a run."""

@@ -12,7 +12,7 @@ from ee_tuning.json_file import to_json
 from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.model_config.huggingface_config import HUGGINGFACE_CLASSES
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.storage.safetensors_reader import TensorSource
+from ee_tuning.storage.tensor_source import TensorSource
 
 
 def write_plain_folder(

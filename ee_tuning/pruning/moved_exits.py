@@ -16,8 +16,8 @@ from ee_tuning.errors import InputError
 from ee_tuning.export.export_source import ExportSource
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.storage.safetensors_reader import RenamedTensors
 from ee_tuning.storage.tensor_blocks import tensor_blocks
+from ee_tuning.storage.tensor_source import RenamedTensors
 
 
 @dataclass(frozen=True)

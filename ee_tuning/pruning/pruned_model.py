@@ -10,7 +10,7 @@ from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.export.export_source import ExportSource
 from ee_tuning.export.plain_folder import plain_description
 from ee_tuning.model_config.config import ModelConfig
-from ee_tuning.storage.safetensors_reader import RenamedTensors
+from ee_tuning.storage.tensor_source import RenamedTensors
 
 
 def kept_layers(num_layers: int, dropped: Sequence[int]) -> tuple[int, ...]:

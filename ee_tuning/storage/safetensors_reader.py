@@ -4,9 +4,8 @@ Nothing in the folder is trusted: broken, missing or duplicate tensors, and name
 the file's name.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,55 +17,11 @@ from ee_tuning.storage.links import check_links
 from ee_tuning.storage.missing_weights import no_weights
 from ee_tuning.storage.open_files import unreadable
 from ee_tuning.storage.safetensors_file import DTYPES, SafetensorsFile, TensorEntry, TensorRange
-from ee_tuning.storage.shapes_only import ShapesOnly
-from ee_tuning.storage.tensor_slice import Shard, TensorShape, TensorSlice
+from ee_tuning.storage.tensor_slice import TensorShape
+from ee_tuning.storage.tensor_source import TensorSource
 
 
-class TensorSource(Protocol):
-    """Whole tensors that can be read by slices."""
-
-    def shape(self, name: str) -> TensorShape:
-        """Returns the shape of the whole tensor."""
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Returns the stored dtype."""
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Returns rows [stop - start, …], as stored."""
-
-    def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """Returns columns [n, stop - start], as stored."""
-
-    def check_shape(self, name: str, shape: TensorShape) -> None:
-        """Raises InputError where the tensor is missing or has another shape."""
-
-
-def read_shard(source: TensorSource, shard: Shard, dtype: torch.dtype) -> Tensor:
-    """Reads the shard as one contiguous tensor of `dtype`. Raises InputError where a tensor is missing or has a wrong
-    shape.
-    """
-    if isinstance(source, ShapesOnly):
-        return source.shard(shard, dtype)
-    out = torch.empty(shard.shape, dtype=dtype)
-    row = 0
-    for piece in shard.pieces:
-        source.check_shape(piece.name, piece.shape)
-        if piece.cut_dim == 1:
-            out.copy_(_read_piece(source, piece))
-            return out
-        if piece.size:
-            out[row : row + piece.size].copy_(_read_piece(source, piece))
-        row += piece.size
-    out[row:].zero_()
-    return out
-
-
-def _read_piece(source: TensorSource, piece: TensorSlice) -> Tensor:
-    part = (source.columns if piece.dim == 1 else source.rows)(piece.name, piece.start, piece.stop)
-    return part.t() if piece.is_transposed else part
-
-
-class SafetensorsFolder:
+class SafetensorsFolder(TensorSource):
     """`<stem>.safetensors`, or `<stem>.safetensors.index.json` and its shards, in `folder`. A context manager.
 
     Tensors are read to the CPU. Raises InputError, naming file and tensor, where one is missing, broken or duplicate,
@@ -223,30 +178,3 @@ def _read_index(path: Path) -> dict[str, str]:
                 f"{path}: tensor {name} must be in a file of this very folder, got {file!r}; fetch the index again"
             )
     return files
-
-
-class RenamedTensors:
-    """A TensorSource that reads each name's tensor under its name in `origins`."""
-
-    def __init__(self, source: TensorSource, origins: Mapping[str, str]):
-        self._source, self._origins = source, origins
-
-    def shape(self, name: str) -> TensorShape:
-        """Returns the shape of the whole tensor."""
-        return self._source.shape(self._origins[name])
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Returns the stored dtype."""
-        return self._source.dtype(self._origins[name])
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Returns rows [stop - start, …], as stored."""
-        return self._source.rows(self._origins[name], start, stop)
-
-    def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """Returns columns [n, stop - start], as stored."""
-        return self._source.columns(self._origins[name], start, stop)
-
-    def check_shape(self, name: str, shape: TensorShape) -> None:
-        """Raises InputError where the tensor is missing or has another shape."""
-        self._source.check_shape(self._origins[name], shape)

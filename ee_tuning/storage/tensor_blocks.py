@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ee_tuning.storage.safetensors_file import SafetensorsFile
-from ee_tuning.storage.safetensors_reader import TensorSource
 from ee_tuning.storage.tensor_slice import Shard, TensorSlice
+from ee_tuning.storage.tensor_source import TensorSource
 
 BLOCK_BYTES = 4 << 20
 """Large enough for low overhead, small enough that the allocator reuses it for the next block."""
@@ -34,7 +34,7 @@ def stored_blocks(file: SafetensorsFile, name: str) -> Iterator[Tensor]:
 
 
 def parameter_blocks(source: TensorSource, parameter: Shard, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yields the rows of a whole Megatron-core parameter (of one shard) as `dtype`. Raises like `read_shard`."""
+    """Yields the rows of a whole Megatron-core parameter (of one shard) as `dtype`. Raises like `shard`."""
     for piece in parameter.pieces:
         source.check_shape(piece.name, piece.shape)
         for block in _piece_blocks(source, piece):

@@ -10,7 +10,7 @@ from ee_tuning.artifact.exit_names import exit_copy_source, exit_parameter_names
 from ee_tuning.checkpoint.names import backbone_parameter_names, backbone_shard, backbone_tensor_shapes, merge_shards
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model_config.config import ModelConfig, RopeConfig
-from ee_tuning.storage.safetensors_reader import read_shard
+from ee_tuning.storage.tensor_source import TensorSource
 
 
 def config(**changes: object) -> ModelConfig:
@@ -30,7 +30,7 @@ def config(**changes: object) -> ModelConfig:
     return ModelConfig(**{**shape, **changes})
 
 
-class Tensors(dict[str, Tensor]):
+class Tensors(dict[str, Tensor], TensorSource):
     """Whole tensors in memory, as a source of slices."""
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
@@ -76,7 +76,7 @@ def test_the_shards_of_all_ranks_hold_the_model_and_give_it_back(tp: int, family
     back: dict[str, Tensor] = {}
     for parameter in backbone_parameter_names(model):
         plans = [backbone_shard(parameter, model, tp, rank) for rank in range(tp)]
-        shards = [read_shard(tensors, plan, torch.float32) for plan in plans]
+        shards = [tensors.shard(plan, torch.float32) for plan in plans]
         assert [tuple(shard.shape) for shard in shards] == [plan.shape for plan in plans]
         back.update(merge_shards(plans, shards))
     assert back.keys() == tensors.keys()
@@ -97,7 +97,7 @@ def test_queries_keys_and_values_are_fused_by_query_group(tp: int) -> None:
     ).flatten(0, 1)
     for rank, part in enumerate(fused.chunk(tp)):
         plan = backbone_shard("decoder.layers.1.self_attention.linear_qkv.weight", model, tp, rank)
-        assert torch.equal(read_shard(tensors, plan, torch.float32), part)
+        assert torch.equal(tensors.shard(plan, torch.float32), part)
 
 
 def test_each_rank_has_its_gate_above_its_up() -> None:
@@ -105,7 +105,7 @@ def test_each_rank_has_its_gate_above_its_up() -> None:
     model = config()
     tensors = random_tensors(backbone_tensor_shapes(model))
     gate, up = (tensors[f"model.layers.0.mlp.{part}_proj.weight"] for part in ("gate", "up"))
-    shard = read_shard(tensors, backbone_shard("decoder.layers.0.mlp.linear_fc1.weight", model, 2, 1), torch.float32)
+    shard = tensors.shard(backbone_shard("decoder.layers.0.mlp.linear_fc1.weight", model, 2, 1), torch.float32)
     assert torch.equal(shard, torch.cat([gate[20:], up[20:]]))
 
 
@@ -117,7 +117,7 @@ def test_vocabulary_padding_is_zeros_after_the_last_token(vocab_size: int, tp: i
     model = config(vocab_size=vocab_size)
     tensors = random_tensors(backbone_tensor_shapes(model))
     shards = [
-        read_shard(tensors, backbone_shard("output_layer.weight", model, tp, rank), torch.float32) for rank in range(tp)
+        tensors.shard(backbone_shard("output_layer.weight", model, tp, rank), torch.float32) for rank in range(tp)
     ]
     whole = torch.cat(shards)
     assert len({shard.shape for shard in shards}) == 1
@@ -151,7 +151,7 @@ def test_an_exit_head_of_two_ranks_gives_its_whole_tensors_back(family: dict[str
     back: dict[str, Tensor] = {}
     for parameter in exit_parameter_names(head, model):
         plans = [exit_shard(head, parameter, model, 2, rank) for rank in range(2)]
-        back.update(merge_shards(plans, [read_shard(tensors, plan, torch.float32) for plan in plans]))
+        back.update(merge_shards(plans, [tensors.shard(plan, torch.float32) for plan in plans]))
     assert back.keys() == shapes.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in shapes)
 
@@ -182,6 +182,6 @@ def test_gpt2_keeps_its_matrices_the_other_way_round() -> None:
     fused = torch.stack([part.view(8, 3, 24) for part in (q, k, v)], dim=1).reshape(72, 24)
     for rank, part in enumerate(fused.chunk(2)):
         plan = backbone_shard("decoder.layers.1.self_attention.linear_qkv.weight", model, 2, rank)
-        assert torch.equal(read_shard(tensors, plan, torch.float32), part)
+        assert torch.equal(tensors.shard(plan, torch.float32), part)
     plan = backbone_shard("decoder.layers.1.mlp.linear_fc2.weight", model, 2, 1)
-    assert torch.equal(read_shard(tensors, plan, torch.float32), tensors["transformer.h.1.mlp.c_proj.weight"][20:].t())
+    assert torch.equal(tensors.shard(plan, torch.float32), tensors["transformer.h.1.mlp.c_proj.weight"][20:].t())
