@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ee_tuning.planning.attention_flops import attention_flops, is_attention
+from ee_tuning.planning.attention_flops import AttentionFlops, flops_if_attention
 
 _READS_A_NUMBER = torch.ops.aten._local_scalar_dense.default
 _READS_A_DEVICE = torch.ops.prim.device.default
@@ -175,17 +175,15 @@ def _kind_of(function: Any) -> _Operation:
     name = function._schema.name
     if function.namespace == "c10d":
         return _Operation(2 if "allreduce" in name else 1, None)
-    if is_attention(name):
+    if (flops := flops_if_attention(name)) is not None:
         names = [each.name for each in function._schema.arguments]
-
-        def of_attention(args: Any, kwargs: dict[str, Any], result: Any) -> int:
-            flops = attention_flops(name, {**dict(zip(names, args, strict=False)), **kwargs})
-            assert flops is not None
-            return flops
-
-        return _Operation(0, of_attention)
+        return _Operation(0, partial(_counted_by_name, flops, names))
     count = flop_registry.get(function._overloadpacket)
     return _Operation(0, None if count is None else partial(_counted, count))
+
+
+def _counted_by_name(flops: AttentionFlops, names: list[str], args: Any, kwargs: dict[str, Any], result: Any) -> int:
+    return flops({**dict(zip(names, args, strict=False)), **kwargs})
 
 
 def _counted(count: Callable[..., int], args: Any, kwargs: dict[str, Any], result: Any) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ee_tuning.model.early_exit import EarlyExitModel
-from ee_tuning.planning.attention_flops import attention_flops
+from ee_tuning.planning.attention_flops import dense_attention_flops
 from ee_tuning.planning.gpus import GPUS, Gpu
 from ee_tuning.sampling.policy import FULL
 from gpu_stages.bench import Bench
@@ -70,10 +70,7 @@ def _flops_of_layer(model: EarlyExitModel, length: int, rows: int) -> int:
     layer, config = model.backbone.layer(1), model.config
     matrices = sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
     heads: Any = torch.empty(rows, config.num_attention_heads, length, config.kv_channels, device="meta")
-    attention = attention_flops(
-        "aten::_scaled_dot_product_flash_attention", {"query": heads, "key": heads, "is_causal": True}
-    )
-    assert attention is not None
+    attention = dense_attention_flops({"query": heads, "key": heads, "is_causal": True})
     return 2 * matrices * length * rows + attention
 
 
