@@ -82,8 +82,9 @@ def read_evaluation(folder: Path) -> Measured:
             raise ValueError("it has no figures")
         return Measured(tasks, tree["settings"]["dtype"])
     except (ValueError, KeyError, TypeError) as error:
+        found = f"it has no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
         raise InputError(
-            f"{folder / FIGURES} is damaged: {error!r}; remove {folder}, and it is measured again"
+            f"{folder / FIGURES} is damaged: {found}; remove {folder}, and it is measured again"
         ) from error
 
 
