@@ -76,22 +76,18 @@ def texts_of(
         if is_lone:
             _write(scratch / "documents.jsonl", ({"text": piece} for piece in _pieces(Path(data.paths[0]))))
             data = dataclasses.replace(data, paths=(str(scratch / "documents.jsonl"),))
-        try:
-            _write_samples(config, data, shape, Texts(scratch, data), num_samples, num_prompts)
-        except InputError as error:  # a user knows the file, and not its documents
-            raise InputError(str(error).replace(data.paths[0], config.data.paths[0])) from error
+        _write_samples(config, shape, Texts(scratch, data), num_samples, num_prompts)
         (scratch / SETTINGS).write_text(to_json(settings, indent=1) + "\n", encoding="utf-8")
         scratch.rename(folder)
         scratch.mkdir()  # which the block's end removes
     return texts
 
 
-def _write_samples(
-    config: Config, data: DataSection, shape: ModelConfig, texts: Texts, num_samples: int, num_prompts: int
-) -> None:
+def _write_samples(config: Config, shape: ModelConfig, texts: Texts, num_samples: int, num_prompts: int) -> None:
     tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
     positions = shape.max_position_embeddings
-    splits = load_job_samples(config, shape, data=data, needs_validation=True)
+    shown_as = None if texts.data == config.data else config.data.paths[0]  # a user knows the text, not its documents
+    splits = load_job_samples(config, shape, data=texts.data, shown_as=shown_as, needs_validation=True)
     assert splits.valid is not None
 
     def text(ids: Any) -> str:

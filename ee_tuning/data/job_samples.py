@@ -14,6 +14,7 @@ def load_job_samples(
     topology: Topology | None = None,
     *,
     data: DataSection | None = None,
+    shown_as: str | None = None,
     seq_length: int | None = None,
     needs_validation: bool | None = None,
     by_document: bool = False,
@@ -35,4 +36,5 @@ def load_job_samples(
         topology=topology,
         trusts_code=config.model.trust_remote_code,
         by_document=by_document,
+        shown_as=shown_as,
     )

@@ -59,12 +59,14 @@ def load_samples(
     topology: Topology | None = None,
     trusts_code: bool = False,
     by_document: bool = False,
+    shown_as: str | None = None,
 ) -> Splits:
     """Reads, tokenizes, splits and packs the data of `data`, the same on every rank. All ranks of `topology` call it.
 
     The tokenizer is data.tokenizer, or the one in `model_path`; its own Python files run if `trusts_code`. Held out are
     data.valid_paths (files that are also in data.paths are then not trained on), or else a share of the documents. With
-    `by_document`, each sample is the beginning of one document, of at most `seq_length` inputs.
+    `by_document`, each sample is the beginning of one document, of at most `seq_length` inputs. Errors call data.paths
+    `shown_as`, where a user knows them by another name.
 
     Raises InputError on unusable paths, weights, files, lines or tokenizers, ids beyond `vocab_size`, `seq_length`
     beyond `max_positions`, a split shorter than one sample, and a missing validation split where `needs_validation`.
@@ -81,6 +83,7 @@ def load_samples(
             topology,
             trusts_code,
             by_document,
+            shown_as,
         )
 
 
@@ -93,14 +96,17 @@ def _load(
     topology: Topology | None,
     trusts_code: bool,
     by_document: bool,
+    shown_as: str | None,
 ) -> Splits:
     valid_corpora = find_corpora(data.valid_paths, "data.valid_paths", data.text_key) if data.valid_paths else []
     corpora = find_corpora(data.paths, "data.paths", data.text_key, leave_out=valid_corpora)
     if data.split and (texts := [path for corpus in corpora for path in corpus.texts]):
         raise InputError(
             f"data.split = {data.split} divides only documents of .bin and .idx, and data.paths names the text "
-            f"{texts[0]}; set data.valid_fraction instead, or preprocess the texts"
+            f"{shown_as or texts[0]}; set data.valid_fraction instead, or preprocess the texts"
         )
+    if shown_as is not None:
+        corpora = [dataclasses.replace(corpus, name=shown_as) for corpus in corpora]
     wanted = [(corpus, not data.valid_paths) for corpus in corpora]
     wanted += [(corpus, False) for corpus in valid_corpora if needs_validation]
     entries = [

@@ -261,7 +261,7 @@ def test_a_folder_of_another_job_is_refused(shared: Path, finished: tuple[Path, 
     [
         ("text/settings.json", "[]", "holds no settings of a comparison; give another --output"),
         ("text/settings.json", '{"learning rates": 3}', "holds no settings of a comparison"),
-        ("evaluations/sorted/evaluation.json", "{}", "is damaged: .*, and it is measured again"),
+        ("evaluations/sorted/evaluation.json", "{}", "is damaged: it has no 'tasks'; .*, and it is measured again"),
         ("evaluations/sorted/evaluation.json", '{"tasks": []}', "is damaged: .*, and it is measured again"),
     ],
 )
@@ -341,4 +341,5 @@ def test_a_text_that_does_not_do_is_named(shared: Path, tmp_path: Path):
     """An error that names a file of documents which the command itself has made and removed."""
     (tmp_path / "copies.txt").write_text("early exits leave early\n" * 400)
     said = refusal(compare, job(shared, **{"data.paths": [str(tmp_path / "copies.txt")]}), options(tmp_path / "o"))
-    assert "copies.txt" in said and "partial" not in said and not (tmp_path / "o" / "text").exists()
+    assert f"(0.05 of the documents of {tmp_path / 'copies.txt'}) holds only 26" in said
+    assert "partial" not in said and not (tmp_path / "o" / "text").exists()
