@@ -81,10 +81,10 @@ def _generate(
 ) -> int:
     # All ranks share one standard input, and a pipe of prompts can be read only once, so rank 0 reads them.
     prompts, lines = on_first_rank(topology, lambda: _read(prompts, prompts_file))
-    budget, chosen = config.generation.budget, None
-    if output is not None and budget is not None and not overwrite:
-        chosen = on_first_rank(topology, lambda: budget_exit_in(output, budget))
-    llm = EarlyExitLLM.from_config(config, topology, chosen)
+    before = None
+    if output is not None and config.generation.budget is not None and not overwrite:
+        before = on_first_rank(topology, lambda: budget_exit_in(output))
+    llm = EarlyExitLLM.from_config(config, topology, before)
     options, requests = requests_of(llm, prompts, lines)
     num_failed = 0
     with time_report(profile, topology, {}):

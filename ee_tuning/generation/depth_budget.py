@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ee_tuning.config import GenerationSection
 from ee_tuning.engine.engine import Engine
 from ee_tuning.errors import InputError
+from ee_tuning.generation.budget_exit import BudgetExit
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.notices import say
 from ee_tuning.sampling.params import SamplingParams
@@ -48,24 +49,28 @@ class DepthTimes:
 
 
 def with_exit_within_budget(
-    model: EarlyExitModel, stages: list[tuple[int, int]], options: GenerationSection, chosen: int | None = None
-) -> GenerationSection:
-    """Returns `options` with the policy and exit that generation.budget asks for; unchanged without one. Prints the
-    choice. An exit that was `chosen` before, for an output that is to go on, is not measured anew. `stages` are those
-    of the engine. All ranks call it.
+    model: EarlyExitModel,
+    stages: list[tuple[int, int]],
+    options: GenerationSection,
+    before: BudgetExit | None = None,
+) -> tuple[GenerationSection, BudgetExit | None]:
+    """Returns `options` with the policy and exit that generation.budget asks for, and its choice; unchanged, and None,
+    without one. Prints the choice. The one made `before` by this budget, for an output that is to go on, is not
+    measured anew. `stages` are those of the engine. All ranks call it.
 
     Raises InputError where the other keys contradict it, or no exit meets it.
     """
     budget = options.budget
     if budget is None:
-        return options
+        return options, None
     if options.policy not in ("threshold", "fixed") or options.exit_layer is not None:
         given = f"policy {options.policy}" if options.exit_layer is None else f"exit_layer {options.exit_layer}"
         raise InputError(
             f"generation.budget = {budget:g} chooses the exit of the policy fixed, got {given}; leave one of them out"
         )
-    layer = exits_within_budgets(model, stages, (budget,), {} if chosen is None else {budget: chosen})[budget]
-    return dataclasses.replace(options, policy="fixed", exit_layer=layer, budget=None)
+    chosen = {} if before is None else {before.share: before.exit_layer}
+    layer = exits_within_budgets(model, stages, (budget,), chosen)[budget]
+    return dataclasses.replace(options, policy="fixed", exit_layer=layer, budget=None), BudgetExit(budget, layer)
 
 
 def exits_within_budgets(

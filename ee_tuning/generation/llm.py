@@ -20,6 +20,7 @@ from ee_tuning.data.tokenizer import beginning_ids, begun, load_tokenizer, token
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.speculation_memory import speculation_memory
 from ee_tuning.errors import InputError
+from ee_tuning.generation.budget_exit import BudgetExit
 from ee_tuning.generation.completion import Completion, StreamedToken
 from ee_tuning.generation.completion_runner import CompletionRunner
 from ee_tuning.generation.depth_budget import with_exit_within_budget
@@ -51,12 +52,13 @@ class EarlyExitLLM:
         defaults: GenerationSection,
         stop_token_ids: tuple[int, ...],
         heads_digest: str | None = None,
+        budget_exit: BudgetExit | None = None,
     ):
         """`heads_digest` identifies these exit heads, so that calibrations made for others are refused; see
-        LoadedModel.
+        LoadedModel. `budget_exit` is the choice of generation.budget, which `defaults` have as their exit.
         """
         self.model, self.stages, self.tokenizer, self.defaults = model, stages, tokenizer, defaults
-        self.stop_token_ids, self.heads_digest = stop_token_ids, heads_digest
+        self.stop_token_ids, self.heads_digest, self.budget_exit = stop_token_ids, heads_digest, budget_exit
         self.grammars = Grammars(tokenizer, model.config.vocab_size, stop_token_ids)
         self.engine: Engine | None = None
         self.special = {
@@ -95,10 +97,10 @@ class EarlyExitLLM:
 
     @classmethod
     def from_config(
-        cls, config: Config, topology: Topology | None = None, chosen_exit: int | None = None
+        cls, config: Config, topology: Topology | None = None, budget_exit: BudgetExit | None = None
     ) -> "EarlyExitLLM":
         """Loads what a job's configuration names; its `generation` section becomes the default of `generate`, with the
-        exit that generation.budget chooses, or chose before: `chosen_exit`. Raises InputError where they do not fit, or
+        exit that generation.budget chooses, or chose before: `budget_exit`. Raises InputError where they do not fit, or
         no exit meets the budget.
         """
         check_sizes(config.generation)
@@ -106,13 +108,15 @@ class EarlyExitLLM:
         loaded = load_for_generation(config, topology)
         folder = model_folder(config.model.path)
         tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
+        defaults, budget_exit = with_exit_within_budget(loaded.model, loaded.stages, config.generation, budget_exit)
         return cls(
             loaded.model,
             loaded.stages,
             tokenizer,
-            with_exit_within_budget(loaded.model, loaded.stages, config.generation, chosen_exit),
+            defaults,
             _stop_token_ids(folder, loaded.model.config, tokenizer),
             loaded.heads_digest,
+            budget_exit,
         )
 
     @property

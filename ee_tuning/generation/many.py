@@ -17,7 +17,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.delivery import CompletionProgress, Delivery, InOrder
 from ee_tuning.generation.llm import EarlyExitLLM
-from ee_tuning.generation.output_file import BudgetExit, Key, OutputFile, Settings, is_standard_output, is_stream
+from ee_tuning.generation.output_file import Key, OutputFile, Settings, is_standard_output, is_stream
 from ee_tuning.generation.prompts import ENGINE_KEYS, Request
 from ee_tuning.generation.record import as_record
 from ee_tuning.generation.shared_decoding import decode_shared
@@ -48,10 +48,9 @@ def deliver(
         if output is None or is_stream(output):
             opened.append(InOrder(_stream(output), counts))
             return opened[0].done, 0
-        settings, budget = settings_of(llm, config, requests, options), config.generation.budget
-        assert budget is None or options.exit_layer is not None
-        chosen = None if budget is None else BudgetExit(budget, options.exit_layer or 0)
-        opened.append(file := OutputFile(output, settings, len(requests), overwrites, budget=chosen))
+        settings = settings_of(llm, config, requests, options)
+        file = OutputFile(output, settings, len(requests), overwrites, budget_exit=llm.budget_exit)
+        opened.append(file)
         return (None if file.is_whole else file.done), file.num_errors
 
     done, num_errors = on_first_rank(topology, open_delivery)

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from ee_tuning.differences import differences_text
 from ee_tuning.errors import InputError
+from ee_tuning.generation.budget_exit import BudgetExit
 from ee_tuning.generation.record import Record
 from ee_tuning.json_file import parse_json, to_json
 from ee_tuning.parallel.collectives import on_first_rank
@@ -101,27 +102,15 @@ def owned_output(path: Path | None, topology: Topology) -> Iterator[None]:
         yield
 
 
-class BudgetExit(NamedTuple):
-    """The exit that generation.budget chose, by measured times, which may be others in the next process."""
-
-    share: float
-    """generation.budget."""
-    exit_layer: int
-
-
-def budget_exit_in(path: Path, budget: float) -> int | None:
-    """Returns the exit that `budget` chose for the records in the journal, or else in a complete FILE, if any."""
+def budget_exit_in(path: Path) -> BudgetExit | None:
+    """Returns the exit that a budget chose for the records in the journal, or else in a complete FILE, if any."""
     if is_stream(path):
         return None
     there = next((each for each in (journal_of(path), path) if each.exists()), None)
     if there is None:
         return None
     with _opened(there) as file:
-        kept = (_parsed(file.readline()) or {}).get(BUDGET)
-    if not isinstance(kept, dict) or kept.get("share") != budget:  # made without a budget, or with another
-        return None
-    layer = kept.get("exit_layer")
-    return layer if isinstance(layer, int) else None
+        return BudgetExit.of_tree((_parsed(file.readline()) or {}).get(BUDGET))
 
 
 class OutputFile:
@@ -134,19 +123,19 @@ class OutputFile:
         num_prompts: int | None,
         overwrites: bool,
         form: Form = GENERATED,
-        budget: BudgetExit | None = None,
+        budget_exit: BudgetExit | None = None,
     ):
         """Reads the job's earlier records. Raises InputError where they are another job's.
 
-        A complete FILE has records of `num_prompts` prompts; None where some may be left out. `budget` is kept beside
-        the records: see `budget_exit_in`.
+        A complete FILE has records of `num_prompts` prompts; None where some may be left out. `budget_exit` is kept
+        beside the records.
         """
         self.path, self.journal, self._form = path, journal_of(path), form
         self.is_whole = False
         """Whether FILE is complete, and this job's."""
         self.num_errors = 0
         """Number of prompts with an error in a complete FILE."""
-        self._budget = {} if budget is None else {BUDGET: budget._asdict()}
+        self._budget = {} if budget_exit is None else {BUDGET: budget_exit.tree()}
         self._settings = parse_json(to_json(settings).encode())
         self._job = hashlib.sha256(to_json(self._settings, sort_keys=True).encode()).hexdigest()[:16]
         self._file: AppendedFile | None = None

@@ -35,8 +35,8 @@ def test_the_deepest_exit_within_the_budget_is_taken_and_said(
     loaded: LoadedModel, times: DepthTimes, budget: float, layer: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The fastest exit, or the first one above the budget."""
-    chosen = with_exit_within_budget(loaded.model, loaded.stages, GenerationSection(budget=budget))
-    assert (chosen.policy, chosen.exit_layer, chosen.budget) == ("fixed", layer, None)
+    options, chosen = with_exit_within_budget(loaded.model, loaded.stages, GenerationSection(budget=budget))
+    assert (options.policy, options.exit_layer, options.budget, chosen) == ("fixed", layer, None, (budget, layer))
     assert f"budget {budget:g}: exit {layer} of 6 layers, {times.share(layer):.2f} of full" in capsys.readouterr().err
 
 
