@@ -14,7 +14,7 @@ from ee_tuning.calibration.guarantee import Trials, hoeffding_bentkus
 from ee_tuning.config.generation import Measure
 from ee_tuning.evaluation.evaluate import BlockRunner, Procedure
 from ee_tuning.evaluation.given import given_readings
-from ee_tuning.evaluation.points import FULL_DEPTH, Point, points_of
+from ee_tuning.evaluation.points import FULL_DEPTH, Point, PolicySweep, points_of
 from ee_tuning.evaluation.task import Task
 from ee_tuning.evaluation.text_metrics import score_of
 from ee_tuning.generation.completion import Completion
@@ -83,7 +83,7 @@ def try_on_task(
     """
     losses, depths = list[list[float]](), list[list[float]]()
     for threshold in grid:
-        _, point = points_of(scores.llm, thresholds=(threshold,), measure=measure)
+        _, point = points_of(scores.llm, PolicySweep(thresholds=(threshold,)), measure=measure)
         found = scores.by(point)
         losses.append([max(0.0, own.score - early.score) for own, early in zip(full, found, strict=True)])
         depths.append([early.depth for early in found])

@@ -2,10 +2,11 @@
 
     from ee_tuning import EarlyExitLLM
     from ee_tuning.evaluation.evaluate import evaluate
-    from ee_tuning.evaluation.points import points_of
+    from ee_tuning.evaluation.points import PolicySweep, points_of
     from ee_tuning.evaluation.task import read_task
     llm = EarlyExitLLM.load("path/to/model", "path/to/exit_heads")
-    found = evaluate(llm, [read_task(Path("task.jsonl"), "contains")], points_of(llm, thresholds=(0.9, 0.8)))
+    points = points_of(llm, PolicySweep(thresholds=(0.9, 0.8)))
+    found = evaluate(llm, [read_task(Path("task.jsonl"), "contains")], points)
     print(found.tasks[0].points[1].speedup)
 
 A group of prompts (one prompt, where batch_size is 1) is decoded under every policy before the next group, in an order
@@ -24,7 +25,7 @@ from ee_tuning.data.chat_template import ChatTemplate
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.figures import Evaluation, task_result
 from ee_tuning.evaluation.given import given_readings, given_texts, token_pair
-from ee_tuning.evaluation.points import FULL_DEPTH, Point, points_of
+from ee_tuning.evaluation.points import FULL_DEPTH, Point, PolicySweep, points_of
 from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.evaluation.task import Task, TaskItem
 from ee_tuning.evaluation.text_metrics import Score, score_of
@@ -88,7 +89,7 @@ def evaluate(
     on_prompts: Callable[[int], None] = lambda count: None,
     against: EarlyExitLLM | None = None,
 ) -> Evaluation:
-    """Measures every task under every point, full depth first; the default points are those of `points_of`. Full depth
+    """Measures every task under every point, full depth first; the default points are those of PolicySweep. Full depth
     is that of `against`, where given: another model with the same tokenizer.
 
     All ranks call it, with the same results. `llm.defaults` holds max_new_tokens, stop and the like; tokens must be
@@ -96,7 +97,7 @@ def evaluate(
     `on_prompts` after a number of this replica's prompts. Raises InputError, before anything is decoded, on an unusable
     prompt.
     """
-    points = list(points_of(llm) if points is None else points)
+    points = list(points_of(llm, PolicySweep()) if points is None else points)
     assert points and points[0].kind == "full"
     procedure, known = procedure or Procedure(), known or {}
     runner = BlockRunner(llm, points, procedure, on_prompts, against)

@@ -28,7 +28,7 @@ from ee_tuning.evaluation.evaluation_folder import (
 )
 from ee_tuning.evaluation.evaluation_report import print_tables, write_reports
 from ee_tuning.evaluation.figures import Evaluation
-from ee_tuning.evaluation.points import Point, PolicySweep
+from ee_tuning.evaluation.points import Point, PolicySweep, points_of
 from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.evaluation.task import Metric, Task, read_tasks
 from ee_tuning.generation.llm import EarlyExitLLM
@@ -99,7 +99,7 @@ def _evaluate(config: Config, options: EvaluateOptions, topology: Topology, task
     against = None if options.against is None else _other_model(config, options.against, llm, topology)
     own_name = None if against is None else _own_name(config)
     before = on_first_rank(topology, lambda: {} if options.overwrites else settings_in(options.output))
-    points = options.sweep.points(llm, config.generation.measure, own_name, before)
+    points = points_of(llm, options.sweep, measure=config.generation.measure, own_name=own_name, before=before)
     procedure = Procedure(
         batch_size=config.generation.max_batch_size,
         block=options.block,

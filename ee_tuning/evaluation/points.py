@@ -47,15 +47,17 @@ FULL_DEPTH = Point(name="full depth", kind="full", policy=FULL)
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySweep:
-    """The policies that a command compares with full depth, before a model is loaded."""
+    """The policies that are compared with full depth, known before a model is loaded."""
 
     thresholds: tuple[float, ...] = THRESHOLDS
+    """Each is the same for all exits."""
     fixed: tuple[int, ...] = ()
     """Exit layers."""
     budgets: tuple[float, ...] = ()
     """Shares of full depth's time per token, each for the deepest exit within it."""
     speculative: bool = False
     calibrations: tuple[Path, ...] = ()
+    """Files that `calibrate` wrote."""
 
     def check(self) -> None:
         """Raises InputError where a threshold or a budget is out of range."""
@@ -66,31 +68,17 @@ class PolicySweep:
             if names.count(name) > 1:
                 raise InputError(f"each budget must be given once, got {name.removeprefix('budget ')} twice")
 
-    def points(
-        self,
-        llm: EarlyExitLLM,
-        measure: Measure,
-        own_name: str | None = None,
-        before: Mapping[str, Any] | None = None,
-    ) -> list[Point]:
-        """See `points_of`."""
-        return points_of(llm, measure=measure, own_name=own_name, before=before, **vars(self))
-
 
 def points_of(
     llm: EarlyExitLLM,
+    sweep: PolicySweep,
     *,
-    thresholds: Sequence[float] = THRESHOLDS,
     measure: Measure | None = None,
-    fixed: Sequence[int] = (),
-    budgets: Sequence[float] = (),
-    speculative: bool = False,
-    calibrations: Sequence[str | Path] = (),
     own_name: str | None = None,
     before: Mapping[str, Any] | None = None,
 ) -> list[Point]:
-    """Returns full depth and a point per threshold (the same for all exits, by `measure`), fixed exit, budget,
-    calibration and speculation.
+    """Returns full depth and a point for each policy of `sweep`. `measure` is the confidence that is compared with its
+    thresholds.
 
     Where full depth is another model's, `own_name` is the name of a point of all layers of `llm`. `before`, points by
     name as `description` has them, are those of an output that goes on: its budgets keep their exits, others are
@@ -98,8 +86,8 @@ def points_of(
 
     Raises InputError where an exit does not exist, a value is out of range or given twice, or a file does not fit.
     """
-    check_thresholds(thresholds)
-    if thresholds and not any(layer < llm.num_layers for layer in llm.exit_layers):
+    sweep.check()
+    if sweep.thresholds and not any(layer < llm.num_layers for layer in llm.exit_layers):
         raise InputError(
             "--thresholds need exits before the last layer, got none; give --exits FOLDER, or --thresholds none"
         )
@@ -111,20 +99,21 @@ def points_of(
         _point(
             llm, f"threshold {each:g}", "threshold", float(each), policy="threshold", threshold=float(each), **measured
         )
-        for each in sorted(thresholds, reverse=True)
+        for each in sorted(sweep.thresholds, reverse=True)
     ]
     points += [
-        _point(llm, f"exit {layer}", "fixed", float(layer), policy="fixed", exit_layer=layer) for layer in sorted(fixed)
+        _point(llm, f"exit {layer}", "fixed", float(layer), policy="fixed", exit_layer=layer)
+        for layer in sorted(sweep.fixed)
     ]
     points += [
         _point(llm, _of_budget(budget), "fixed", float(layer), policy="fixed", exit_layer=layer)
-        for budget, layer in _budget_exits(llm, budgets, before or {})
+        for budget, layer in _budget_exits(llm, sweep.budgets, before or {})
     ]
     points += [
         _point(llm, Path(file).stem, "calibration", None, policy="threshold", calibration=str(file))
-        for file in calibrations
+        for file in sweep.calibrations
     ]
-    if speculative:
+    if sweep.speculative:
         points.append(_point(llm, "speculative", "speculative", None, policy="speculative"))
     names = [point.name for point in points]
     if double := next((name for name in names if names.count(name) > 1), None):

@@ -16,7 +16,7 @@ from ee_tuning.config import Config, replace
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.evaluation_folder import OWNER
-from ee_tuning.evaluation.points import Point, PolicySweep
+from ee_tuning.evaluation.points import Point, PolicySweep, points_of
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.many import model_settings
 from ee_tuning.json_file import parse_json
@@ -74,7 +74,7 @@ def run_benchmark(config: Config, options: Benchmark) -> None:
         before = on_first_rank(
             topology, lambda: {} if options.overwrites else policies_in(options.output, options.summary)
         )
-        points = options.sweep.points(llm, config.generation.measure, before=before)
+        points = points_of(llm, options.sweep, measure=config.generation.measure, before=before)
         template = ChatTemplate(llm.tokenizer, read_chat_template(config.data.chat_template))
         if options.harness is not None and options.harness.applies_chat_template:
             options = dataclasses.replace(

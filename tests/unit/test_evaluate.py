@@ -15,7 +15,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.evaluation import evaluate_command
 from ee_tuning.evaluation.evaluate import Procedure, blocks_of, evaluate
 from ee_tuning.evaluation.figures import task_result
-from ee_tuning.evaluation.points import FULL_DEPTH, Point, points_of
+from ee_tuning.evaluation.points import FULL_DEPTH, Point, PolicySweep, points_of
 from ee_tuning.evaluation.quality import agreement
 from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.evaluation.task import Task, TaskItem
@@ -76,7 +76,7 @@ def test_readings_are_what_generate_and_the_full_model_say(llm: EarlyExitLLM, ba
     """Text of another policy or prompt, agreement with the wrong prefix, a prompt's own limit that is not heeded, chats
     as texts.
     """
-    points = points_of(llm, thresholds=(0.3, 0.05), fixed=(4,), speculative=True)
+    points = points_of(llm, PolicySweep(thresholds=(0.3, 0.05), fixed=(4,), speculative=True))
     assert [point.name for point in points] == [
         "full depth",
         "threshold 0.3",
@@ -121,8 +121,9 @@ def test_full_depth_may_be_another_models(shared: Path, llm: EarlyExitLLM, tmp_p
         name="p", metric="perplexity", items=(TaskItem(where="p", id=0, prompt="def f", answers=("(x): return x",)),)
     )
     tasks = [a_task(), scored]
-    both = evaluate(small, tasks, points_of(small, thresholds=(), own_name="small"), against=llm)
-    alone = {name: evaluate(each, tasks, points_of(each, thresholds=())) for name, each in (("a", llm), ("b", small))}
+    none = PolicySweep(thresholds=())
+    both = evaluate(small, tasks, points_of(small, none, own_name="small"), against=llm)
+    alone = {name: evaluate(each, tasks, points_of(each, none)) for name, each in (("a", llm), ("b", small))}
     assert both.num_layers == 6
     for number, task in enumerate(both.tasks):
         full, own = task.points

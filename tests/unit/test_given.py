@@ -14,7 +14,7 @@ from random_models import random_llama
 from ee_tuning import EarlyExitLLM
 from ee_tuning.evaluation.evaluate import evaluate
 from ee_tuning.evaluation.given import BY_LENGTH, likeliest
-from ee_tuning.evaluation.points import points_of
+from ee_tuning.evaluation.points import PolicySweep, points_of
 from ee_tuning.evaluation.task import Task, TaskItem
 from ee_tuning.generation.scoring import Score, score_by
 
@@ -65,7 +65,7 @@ def test_choices_and_perplexity_are_those_of_transformers(folder: Path):
             ]
         )
     )
-    points = points_of(llm, thresholds=(0.0,), fixed=(4,), speculative=True)
+    points = points_of(llm, PolicySweep(thresholds=(0.0,), fixed=(4,), speculative=True))
     choose, perplexity = (
         evaluate(llm, [Task(name="t", metric=metric, items=items)], points) for metric in ("choice", "perplexity")
     )
@@ -97,9 +97,11 @@ def test_all_ways_at_once_are_each_by_itself(folder: Path):
     """
     llm = EarlyExitLLM.load(folder / "model", folder / "exits", dtype="float64")
     pairs = [([1, 2, 3], [4, 5]), ([7], [8, 9, 10, 11]), ([7], [12])]
-    policies = [point.policy for point in points_of(llm, thresholds=[each / 20 for each in range(21)], fixed=(2, 4))]
+    sweep = PolicySweep(thresholds=tuple(each / 20 for each in range(21)), fixed=(2, 4))
+    policies = [point.policy for point in points_of(llm, sweep)]
     policies += [
-        point.policy for point in points_of(llm, thresholds=(0.1, 0.3), measure="entropy", speculative=True)[1:]
+        point.policy
+        for point in points_of(llm, PolicySweep(thresholds=(0.1, 0.3), speculative=True), measure="entropy")[1:]
     ]
     together = score_by(llm.model, pairs, policies, 8)
     assert len({tuple(layer for each in scores for layer in each.exit_layers) for scores in together}) > 4

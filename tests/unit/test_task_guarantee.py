@@ -34,7 +34,7 @@ def test_the_sequence_ends_at_its_first_failure(monkeypatch: pytest.MonkeyPatch)
     """Hours of decoding at thresholds that no test will look at; a gain on one prompt that pays for the loss of
     another.
     """
-    monkeypatch.setattr(task_losses, "points_of", lambda llm, thresholds, measure: (None, thresholds[0]))
+    monkeypatch.setattr(task_losses, "points_of", lambda llm, sweep, measure: (None, sweep.thresholds[0]))
     stub, told = Stub(), list[tuple[float, float]]()
     full = [Scored(0.0 if item % 2 else 1.0, 10.0) for item in range(200)]
     scores: Any = stub
