@@ -28,9 +28,10 @@ from ee_tuning.evaluation.evaluation_folder import (
 )
 from ee_tuning.evaluation.evaluation_report import print_tables, write_reports
 from ee_tuning.evaluation.figures import Evaluation
-from ee_tuning.evaluation.points import Point, PolicySweep, points_of
+from ee_tuning.evaluation.points import Point, PolicySweep, chosen_by_budgets, points_of
 from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.evaluation.task import Metric, Task, read_tasks
+from ee_tuning.generation.budget_exit import budgets_of_tree, budgets_tree
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.many import model_fingerprint, model_settings
 from ee_tuning.line_file import read_lines
@@ -40,6 +41,9 @@ from ee_tuning.parallel.topology import Topology, destroy_parallel, init_paralle
 from ee_tuning.progress import ProgressLines, progress_bar
 from ee_tuning.storage.apart import check_apart
 from ee_tuning.storage.owner import owned
+
+BUDGETS = "--budget"
+"""Key of the exits that budgets chose, among the settings."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,8 +102,9 @@ def _evaluate(config: Config, options: EvaluateOptions, topology: Topology, task
     llm = EarlyExitLLM.from_config(config, topology)
     against = None if options.against is None else _other_model(config, options.against, llm, topology)
     own_name = None if against is None else _own_name(config)
-    before = on_first_rank(topology, lambda: {} if options.overwrites else settings_in(options.output))
-    points = points_of(llm, options.sweep, measure=config.generation.measure, own_name=own_name, before=before)
+    settings = on_first_rank(topology, lambda: {} if options.overwrites else settings_in(options.output))
+    chosen = budgets_of_tree(settings.get(BUDGETS))
+    points = points_of(llm, options.sweep, measure=config.generation.measure, own_name=own_name, chosen=chosen)
     procedure = Procedure(
         batch_size=config.generation.max_batch_size,
         block=options.block,
@@ -170,7 +175,7 @@ def _settings(
     llm: EarlyExitLLM, config: Config, tasks: Sequence[Task], points: Sequence[Point], procedure: Procedure
 ) -> Settings:
     """Returns everything that the figures depend on."""
-    topology, generation = llm.model.topology, config.generation
+    topology, generation, chosen = llm.model.topology, config.generation, chosen_by_budgets(points)
     is_chat = any(item.messages for task in tasks for item in task.items)
     template = (
         hashlib.sha256(ChatTemplate(llm.tokenizer, procedure.chat_template).source().encode()).hexdigest()[:16]
@@ -189,6 +194,7 @@ def _settings(
         "--repeats": procedure.repeats,
         "tensor × pipeline × data": f"{topology.tp} × {topology.pp} × {topology.dp}",
         **{f"task {task.name}": f"{task.metric}, {len(task.items)} prompts, {task.digest()}" for task in tasks},
+        **({BUDGETS: budgets_tree(chosen)} if chosen else {}),
         **{point.name: point.description() for point in points},
     }
 

@@ -36,12 +36,12 @@ def check_folder(folder: Path, overwrites: bool) -> None:
             f"--output must be a new folder or that of an evaluation, and {folder} holds {others[0]}; give another --output"
         )
     if journal.exists():
-        _settings_in(journal)  # raises where it is none
+        _first_line_of(journal)  # raises where it is none
 
 
 def settings_in(folder: Path) -> Settings:
     """Returns the settings of the job whose results are in `folder`; empty without any."""
-    return (_settings_in(folder / READINGS) or {}) if (folder / READINGS).exists() else {}
+    return (_first_line_of(folder / READINGS) or {}) if (folder / READINGS).exists() else {}
 
 
 class EvaluationFolder:
@@ -87,7 +87,7 @@ class EvaluationFolder:
         return file
 
     def _read(self) -> None:
-        there = _settings_in(self.path)
+        there = _first_line_of(self.path)
         if there is None:
             return
         self._check_same(there)
@@ -113,7 +113,7 @@ class EvaluationFolder:
             )
 
 
-def _settings_in(journal: Path) -> Settings | None:
+def _first_line_of(journal: Path) -> Settings | None:
     """Returns the settings in the first line, or None where a kill cut it off. Raises InputError on anything else."""
     try:
         with journal.open("rb") as file:

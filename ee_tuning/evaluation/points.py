@@ -29,6 +29,8 @@ class Point:
     policy: Policy
     value: float | None = None
     """The threshold, or the layer of the fixed exit."""
+    budgets: tuple[float, ...] = ()
+    """Those that chose the exit."""
 
     def description(self) -> str:
         """Returns everything that its tokens depend on, in few words."""
@@ -75,14 +77,13 @@ def points_of(
     *,
     measure: Measure | None = None,
     own_name: str | None = None,
-    before: Mapping[str, Any] | None = None,
+    chosen: Mapping[float, int] | None = None,
 ) -> list[Point]:
     """Returns full depth and a point for each policy of `sweep`. `measure` is the confidence that is compared with its
     thresholds.
 
-    Where full depth is another model's, `own_name` is the name of a point of all layers of `llm`. `before`, points by
-    name as `description` has them, are those of an output that goes on: its budgets keep their exits, others are
-    measured, by all ranks together.
+    Where full depth is another model's, `own_name` is the name of a point of all layers of `llm`. The exits that were
+    `chosen` by budgets before, for an output that goes on, are kept; others are measured, by all ranks together.
 
     Raises InputError where an exit does not exist, a value is out of range or given twice, or a file does not fit.
     """
@@ -106,8 +107,10 @@ def points_of(
         for layer in sorted(sweep.fixed)
     ]
     points += [
-        _point(llm, _of_budget(budget), "fixed", float(layer), policy="fixed", exit_layer=layer)
-        for budget, layer in _budget_exits(llm, sweep.budgets, before or {})
+        dataclasses.replace(
+            _point(llm, _of_budget(budget), "fixed", float(layer), policy="fixed", exit_layer=layer), budgets=(budget,)
+        )
+        for budget, layer in _budget_exits(llm, sweep.budgets, chosen or {})
     ]
     points += [
         _point(llm, Path(file).stem, "calibration", None, policy="threshold", calibration=str(file))
@@ -119,6 +122,12 @@ def points_of(
     if double := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"each policy must be given once, got {double!r} twice; leave one out, or rename its file")
     return points
+
+
+def chosen_by_budgets(points: Sequence[Point]) -> dict[float, int]:
+    """Returns the exit of each budget among `points`."""
+    layers = {budget: point.policy.fixed_exit for point in points for budget in point.budgets}
+    return {budget: layer for budget, layer in layers.items() if layer is not None}
 
 
 def check_thresholds(thresholds: Sequence[float]) -> None:
@@ -134,14 +143,8 @@ def _of_budget(budget: float) -> str:
     return f"budget {budget:g}"
 
 
-def _budget_exits(llm: EarlyExitLLM, budgets: Sequence[float], before: Mapping[str, Any]) -> list[tuple[float, int]]:
+def _budget_exits(llm: EarlyExitLLM, budgets: Sequence[float], chosen: Mapping[float, int]) -> list[tuple[float, int]]:
     """Returns each budget with its exit, deep to shallow."""
-    if not budgets:
-        return []
-    chosen = dict[float, int]()
-    for layer in llm.exit_layers:
-        words = Point(name="", kind="fixed", policy=Policy(fixed_exit=layer)).description()
-        chosen |= {budget: layer for budget in budgets if before.get(_of_budget(budget)) == words}
     found = exits_within_budgets(llm.model, llm.stages, budgets, chosen)
     return [(budget, found[budget]) for budget in sorted(budgets, reverse=True)]
 

@@ -1,5 +1,6 @@
-"""The exit that a budget chose. Times are measured, and may be others in the next process, so outputs keep it."""
+"""Exits that budgets chose. Times are measured, and may be others in the next process, so outputs keep the choice."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -21,3 +22,16 @@ class BudgetExit(NamedTuple):
             return None
         share, layer = tree.get("share"), tree.get("exit_layer")
         return cls(share, layer) if isinstance(share, float) and isinstance(layer, int) else None
+
+
+def budgets_tree(chosen: Mapping[float, int]) -> dict[str, int]:
+    """Returns the exit of each budget as plain data for JSON, such as {"0.5": 8}."""
+    return {str(budget): layer for budget, layer in chosen.items()}
+
+
+def budgets_of_tree(tree: Any) -> dict[float, int]:
+    """The inverse of `budgets_tree`. Empty where `tree` is something else."""
+    try:
+        return {float(budget): int(layer) for budget, layer in tree.items()}
+    except (AttributeError, TypeError, ValueError):
+        return {}

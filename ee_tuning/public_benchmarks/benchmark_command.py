@@ -16,7 +16,7 @@ from ee_tuning.config import Config, replace
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.evaluation_folder import OWNER
-from ee_tuning.evaluation.points import Point, PolicySweep, points_of
+from ee_tuning.evaluation.points import Point, PolicySweep, chosen_by_budgets, points_of
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.many import model_settings
 from ee_tuning.json_file import parse_json
@@ -24,7 +24,7 @@ from ee_tuning.notices import say
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 from ee_tuning.public_benchmarks import human_eval, lm_eval_run
-from ee_tuning.public_benchmarks.benchmark_folder import BenchmarkFolder, Figures, check_folder, policies_in
+from ee_tuning.public_benchmarks.benchmark_folder import BenchmarkFolder, Figures, budgets_in, check_folder
 from ee_tuning.public_benchmarks.code_runner import ProgramResult
 from ee_tuning.public_benchmarks.driver import Driver, drive
 from ee_tuning.public_benchmarks.lm_eval_run import HarnessTasks
@@ -71,10 +71,10 @@ def run_benchmark(config: Config, options: Benchmark) -> None:
     with owned(options.output, topology, lock_file=options.output / OWNER):
         config = replace(config, generation={"budget": None})  # it is of one policy, and points have their own
         llm = EarlyExitLLM.from_config(config, topology)
-        before = on_first_rank(
-            topology, lambda: {} if options.overwrites else policies_in(options.output, options.summary)
+        chosen = on_first_rank(
+            topology, lambda: {} if options.overwrites else budgets_in(options.output, options.summary)
         )
-        points = points_of(llm, options.sweep, measure=config.generation.measure, before=before)
+        points = points_of(llm, options.sweep, measure=config.generation.measure, chosen=chosen)
         template = ChatTemplate(llm.tokenizer, read_chat_template(config.data.chat_template))
         if options.harness is not None and options.harness.applies_chat_template:
             options = dataclasses.replace(
@@ -110,6 +110,7 @@ def _run(driver: Driver, config: Config, options: Benchmark, points: list[Point]
     folder = BenchmarkFolder(
         options.output, options.summary, _job(driver.llm, config, options), overwrites=options.overwrites
     )
+    folder.keep_budgets(chosen_by_budgets(points))
     found = {point.name: known for point in points if (known := folder.known(point)) is not None}
     waiting = [point for point in points if point.name not in found or _wants_run(options, found[point.name])]
     if len(waiting) < len(points):

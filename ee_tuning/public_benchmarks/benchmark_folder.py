@@ -9,6 +9,7 @@ from ee_tuning.differences import differences_text
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.evaluation_folder import OWNER
 from ee_tuning.evaluation.points import Point
+from ee_tuning.generation.budget_exit import budgets_of_tree, budgets_tree
 from ee_tuning.json_file import parse_json, read_json, to_json
 from ee_tuning.storage.apart import check_folder_writable
 from ee_tuning.storage.atomic_write import atomic_file
@@ -20,11 +21,12 @@ _REMEDY = "give another --output, or --overwrite to start over"
 Figures = dict[str, Any]
 
 
-def policies_in(folder: Path, summary: str) -> dict[str, str]:
-    """Returns the policies whose figures are in `folder`: the name of a point -> its description."""
-    if not (folder / summary).exists():
-        return {}
-    return {name: each["policy"] for name, each in _read(folder / summary)["points"].items()}
+_BUDGETS = "budgets"
+
+
+def budgets_in(folder: Path, summary: str) -> dict[float, int]:
+    """Returns the exits that budgets chose for the figures in `folder`; empty without any."""
+    return budgets_of_tree(_read(folder / summary).get(_BUDGETS)) if (folder / summary).exists() else {}
 
 
 class BenchmarkFolder:
@@ -35,11 +37,13 @@ class BenchmarkFolder:
         self.folder, self.path = folder, folder / summary
         self._job: dict[str, Any] = parse_json(to_json(job).encode())
         self._points: dict[str, Any] = {}
+        self._budgets: dict[float, int] = {}
         check_folder(folder, summary, overwrites=overwrites)
         if self.path.exists() and not overwrites:
             tree = _read(self.path)
             self._check_same(tree["job"])
             self._points = tree["points"]
+            self._budgets = budgets_of_tree(tree.get(_BUDGETS))
 
     def known(self, point: Point) -> Figures | None:
         """Returns the stored figures of a point, if any. Raises InputError where they belong to another policy of that
@@ -57,6 +61,12 @@ class BenchmarkFolder:
         base, _, ending = kind.partition(".")
         return self.folder / f"{base}_{re.sub(r'[^A-Za-z0-9.-]+', '_', point.name)}.{ending}"
 
+    def keep_budgets(self, chosen: Mapping[float, int]) -> None:
+        """Keeps the exits that budgets chose: beside the figures that are there, or else together with the first."""
+        before, self._budgets = self._budgets, {**self._budgets, **chosen}
+        if self._points and self._budgets != before:
+            self._write_summary()
+
     def keep(self, point: Point, figures: Mapping[str, Any], files: Mapping[str, str]) -> Figures:
         """Writes `files` (kind -> content), then the summary, and returns the figures.
 
@@ -65,9 +75,14 @@ class BenchmarkFolder:
         for kind, content in files.items():
             _write(self.file(kind, point), content)
         self._points[point.name] = {"policy": point.description(), **parse_json(to_json(figures).encode())}
-        _write(self.path, to_json({"job": self._job, "points": self._points}, indent=2, ensure_ascii=False) + "\n")
+        self._write_summary()
         kept: Figures = self._points[point.name]
         return kept
+
+    def _write_summary(self) -> None:
+        budgets = {_BUDGETS: budgets_tree(self._budgets)} if self._budgets else {}
+        tree = {"job": self._job, **budgets, "points": self._points}
+        _write(self.path, to_json(tree, indent=2, ensure_ascii=False) + "\n")
 
     def _check_same(self, there: Mapping[str, Any]) -> None:
         if differences := differences_text(there, self._job):
