@@ -11,6 +11,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.generation.depth_budget import check_budget, exits_within_budgets
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.options import with_options
+from ee_tuning.notices import say
 from ee_tuning.sampling.policy import FULL, Policy
 
 THRESHOLDS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
@@ -64,11 +65,10 @@ class PolicySweep:
     def check(self) -> None:
         """Raises InputError where a threshold or a budget is out of range."""
         check_thresholds(self.thresholds)
-        names = list(map(_of_budget, self.budgets))
-        for budget, name in zip(self.budgets, names, strict=True):
+        for budget in self.budgets:
             check_budget(budget)
-            if names.count(name) > 1:
-                raise InputError(f"each budget must be given once, got {name.removeprefix('budget ')} twice")
+            if self.budgets.count(budget) > 1:
+                raise InputError(f"each budget must be given once, got {budget:g} twice")
 
 
 def points_of(
@@ -79,8 +79,8 @@ def points_of(
     own_name: str | None = None,
     chosen: Mapping[float, int] | None = None,
 ) -> list[Point]:
-    """Returns full depth and a point for each policy of `sweep`. `measure` is the confidence that is compared with its
-    thresholds.
+    """Returns full depth and a point for each policy of `sweep`, one for all budgets that choose the same exit.
+    `measure` is the confidence that is compared with thresholds.
 
     Where full depth is another model's, `own_name` is the name of a point of all layers of `llm`. The exits that were
     `chosen` by budgets before, for an output that goes on, are kept; others are measured, by all ranks together.
@@ -102,16 +102,7 @@ def points_of(
         )
         for each in sorted(sweep.thresholds, reverse=True)
     ]
-    points += [
-        _point(llm, f"exit {layer}", "fixed", float(layer), policy="fixed", exit_layer=layer)
-        for layer in sorted(sweep.fixed)
-    ]
-    points += [
-        dataclasses.replace(
-            _point(llm, _of_budget(budget), "fixed", float(layer), policy="fixed", exit_layer=layer), budgets=(budget,)
-        )
-        for budget, layer in _budget_exits(llm, sweep.budgets, chosen or {})
-    ]
+    points += _fixed_points(llm, sweep, chosen or {})
     points += [
         _point(llm, Path(file).stem, "calibration", None, policy="threshold", calibration=str(file))
         for file in sweep.calibrations
@@ -139,14 +130,19 @@ def check_thresholds(thresholds: Sequence[float]) -> None:
             )
 
 
-def _of_budget(budget: float) -> str:
-    return f"budget {budget:g}"
-
-
-def _budget_exits(llm: EarlyExitLLM, budgets: Sequence[float], chosen: Mapping[float, int]) -> list[tuple[float, int]]:
-    """Returns each budget with its exit, deep to shallow."""
-    found = exits_within_budgets(llm.model, llm.stages, budgets, chosen)
-    return [(budget, found[budget]) for budget in sorted(budgets, reverse=True)]
+def _fixed_points(llm: EarlyExitLLM, sweep: PolicySweep, chosen: Mapping[float, int]) -> list[Point]:
+    """Returns a point for each exit that is named, or chosen by budgets, shallow to deep. Prints which are the same."""
+    found = exits_within_budgets(llm.model, llm.stages, sweep.budgets, chosen)
+    points = []
+    for layer in sorted([*sweep.fixed, *(set(found.values()) - set(sweep.fixed))]):
+        budgets = tuple(budget for budget in sweep.budgets if found[budget] == layer)
+        asked = [f"--fixed {layer}"] if layer in sweep.fixed else []
+        asked += [f"--budget {budget:g}" for budget in budgets]
+        if len(asked) > 1 and llm.model.topology.is_logging_rank:
+            say(f"ee-tuning: {' and '.join(asked)} are one policy, exit {layer}, which is measured once")
+        point = _point(llm, f"exit {layer}", "fixed", float(layer), policy="fixed", exit_layer=layer)
+        points.append(dataclasses.replace(point, budgets=budgets))
+    return points
 
 
 def _point(llm: EarlyExitLLM, name: str, kind: PointKind, value: float | None, **options: Any) -> Point:

@@ -12,7 +12,13 @@ from harness_tasks import write_tasks
 from random_models import random_llama
 
 from ee_tuning import cli
+from ee_tuning.evaluation.points import Point
+from ee_tuning.generation import depth_budget
+from ee_tuning.generation.depth_budget import DepthTimes
+from ee_tuning.json_file import read_json, to_json
 from ee_tuning.public_benchmarks import benchmark_command, human_eval
+from ee_tuning.public_benchmarks.benchmark_folder import BenchmarkFolder, budgets_in
+from ee_tuning.sampling.policy import Policy
 
 PROBLEMS = [
     {
@@ -181,6 +187,44 @@ def test_flags_reach_the_benchmark(shared, tmp_path, monkeypatch):
         (None, 512, False),
         (Path("file"), 100, False),
     ]
+
+
+def test_budgets_keep_their_exit_and_measure_it_once(shared, tmp_path, monkeypatch, capsys):
+    """One exit decoded three times under three names; another exit, and hours for it, when the command goes on."""
+    output, asked, real = tmp_path / "out", list[str](), human_eval.complete
+    times = [DepthTimes(1.0, {2: 0.3, 4: 0.6}), DepthTimes(1.0, {2: 0.6, 4: 0.65})]
+    monkeypatch.setattr(depth_budget, "measure_depths", lambda *_: times.pop(0))
+    monkeypatch.setattr(
+        human_eval,
+        "complete",
+        lambda driver, problems, policy, **keys: asked.append(str(policy)) or real(driver, problems, policy, **keys),
+    )
+    given = ("--thresholds", "none", "--fixed", "2", "--budget", "0.5", "0.4")
+    assert list(human(shared, output, *given)) == ["full depth", "exit 2"] and len(asked) == 2
+    said = capsys.readouterr().err
+    assert "--fixed 2 and --budget 0.5 and --budget 0.4 are one policy, exit 2, which is measured once" in said
+    assert budgets_in(output, "human_eval.json") == {0.5: 2, 0.4: 2}
+    assert list(human(shared, output, *given)) == ["full depth", "exit 2"] and len(asked) == 2 and len(times) == 1
+    assert "budget 0.5: exit 2 of 6 layers, with which the output began" in capsys.readouterr().err
+    assert list(human(shared, output, *given, "0.7")) == ["full depth", "exit 2", "exit 4"] and len(asked) == 3
+    assert budgets_in(output, "human_eval.json") == {0.5: 2, 0.4: 2, 0.7: 4} and not times
+
+
+def test_a_budget_is_kept_beside_figures_that_are_there(tmp_path):
+    """The exit of a budget that chose what was measured already: no policy is left to run, and none would write it."""
+    point, summary = Point(name="exit 2", kind="fixed", policy=Policy(fixed_exit=2)), "human_eval.json"
+    folder = BenchmarkFolder(tmp_path, summary, {"a": 1}, overwrites=False)
+    folder.keep_budgets({0.3: 2})
+    assert not list(tmp_path.iterdir()), "no summary without figures"
+    folder.keep(point, {"mean_depth": 2.0}, {})
+    assert budgets_in(tmp_path, summary) == {0.3: 2}
+    again = BenchmarkFolder(tmp_path, summary, {"a": 1}, overwrites=False)
+    again.keep_budgets({0.5: 2})
+    assert budgets_in(tmp_path, summary) == {0.3: 2, 0.5: 2} and again.known(point) is not None
+    path = tmp_path / summary
+    path.write_text(to_json({key: value for key, value in read_json(path).items() if key != "budgets"}))
+    BenchmarkFolder(tmp_path, summary, {"a": 1}, overwrites=False)
+    assert budgets_in(tmp_path, summary) == {} == budgets_in(tmp_path / "new", summary)
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,7 @@ def test_a_budget_keeps_its_exit_in_an_evaluation_that_goes_on(
     assert "budget 0.5: exit 2 of 6 layers, 0.30 of full" in capsys.readouterr().err
     tree = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     points = [(point["name"], point["kind"], point["value"]) for point in tree["tasks"][0]["points"][1:]]
-    assert points == [("budget 0.7", "fixed", 4.0), ("budget 0.5", "fixed", 2.0)]
+    assert points == [("exit 2", "fixed", 2.0), ("exit 4", "fixed", 4.0)]
     assert tree["settings"]["--budget"] == {"0.7": 4, "0.5": 2}
     assert cli.main(given) == 0 and len(times) == 1
     told = capsys.readouterr().err
