@@ -47,13 +47,12 @@ def _seconds(llm: EarlyExitLLM, batch: int, options: argparse.Namespace) -> tupl
     for row in range(batch):
         prompt = [(31 * i + 7 * row) % size for i in range(options.prompt_tokens)]
         engine.add_request(prompt, SamplingParams(max_tokens=options.new_tokens, ignore_eos=True), FULL)
-    began, num_tokens = time.perf_counter(), 0
-    while num_tokens < batch:
-        num_tokens += len(engine.step())
-    read, num_steps = time.perf_counter(), 0
-    while not engine.is_idle:
+    began = time.perf_counter()
+    while sum(each.num_output > 0 for each in engine.scheduler.running) < batch:
         engine.step()
-        num_steps += 1
+    read, num_steps = time.perf_counter(), options.new_tokens // 2  # none has ended by then
+    for _ in range(num_steps):
+        engine.step()
     return (time.perf_counter() - read) / num_steps, read - began
 
 
