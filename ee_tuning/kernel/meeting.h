@@ -1,8 +1,8 @@
 // Where the threads of a call wait for each other, some hundred times a token.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
+#include <chrono>
 
 #include <omp.h>
 
@@ -14,20 +14,20 @@
 #include <sched.h>
 #endif
 
+#include "contention.h"
+
 // A thread that comes early looks for the others for a while, then sleeps until they have come. Looking is fast, and takes a core from the
-// very thread that is waited for where other processes are busy. So who looked in vain twice sleeps at once at the next meetings, at more
-// and more of them as long as that goes on. One object for each parallel region.
+// very thread that is waited for where other processes want it, too: then threads sleep at once. One object for each parallel region.
 class Meeting {
   public:
     void wait() {
-        static thread_local Patience patience;
         const int num_threads = omp_get_num_threads(), seen = round.load();
         if (num_threads == 1) return;
         if (arrived.fetch_add(1) + 1 == num_threads) {
             arrived.store(0);
             round.store(seen + 1);
             if (num_asleep.load()) wake();
-        } else if (!look(patience, seen)) {
+        } else if (!look(seen)) {
             num_asleep.fetch_add(1);
             while (round.load() == seen) sleep(seen);
             num_asleep.fetch_sub(1);
@@ -35,25 +35,19 @@ class Meeting {
     }
 
   private:
-    static constexpr int LOOKS = 1000, LEAST_REST = 16, MOST_REST = 256;  // a look takes some 25 ns
-    struct Patience {
-        int in_vain = 0, rest = 0, next_rest = LEAST_REST;
-    };
+    using Clock = Contention::Clock;
+    static constexpr auto LOOKING = std::chrono::microseconds(50); // waking up takes as long where the core went idle meanwhile
+    static constexpr int LOOKS_PER_CLOCK = 16;                     // a look takes 10 to 40 ns, by processor
     std::atomic<int> arrived{0}, round{0}, num_asleep{0};
 
-    bool look(Patience &patience, int seen) {
-        const int looks = patience.rest > 0 ? 1 : LOOKS;
-        for (int i = 0; i < looks; ++i) {
-            if (round.load() != seen) {
-                if (!patience.rest) patience = Patience{};
-                return true;
+    bool look(int seen) {
+        auto now = Clock::now();
+        const auto until = Contention::is_seen(now, num_asleep.load()) ? now : now + LOOKING;
+        for (; now < until; now = Clock::now()) {
+            for (int i = 0; i < LOOKS_PER_CLOCK; ++i) {
+                if (round.load() != seen) return true;
+                pause();
             }
-            pause();
-        }
-        if (patience.rest > 0) --patience.rest;
-        else if (++patience.in_vain >= 2) {
-            patience.rest = patience.next_rest;
-            patience.next_rest = std::min(2 * patience.next_rest, MOST_REST);
         }
         return false;
     }
