@@ -6,7 +6,6 @@ by those of checked tokens.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +22,6 @@ from ee_tuning.parallel.vocab import top1
 # n query heads, g key-value heads of this rank · d width of a head
 
 
-@dataclass(frozen=True, kw_only=True)
-class DraftInput:
-    """Checked tokens of a sequence that the head has not read yet."""
-
-    sequence: Sequence
-    start: int
-    """The position of the first one. The tokens behind each of them are known."""
-    states: Tensor
-    """[tokens, a * h]"""
-    num_drafts: int
-    """Number of drafts wanted behind these tokens."""
-
-
 class DraftHead:
     """The head on this rank. Shares its weights."""
 
@@ -47,48 +33,57 @@ class DraftHead:
         dtype, device = stage.model.plan.dtype, stage.topology.device
         self._keys, self._values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
-    def states_of(self, sequence: Sequence, passes: Mapping[int, PassStates]) -> tuple[int, Tensor]:
-        """Returns (position of the first token, [tokens, a * h]): the states that a step left of a sequence, by
-        layer.
-        """
+    def keep(self, sequence: Sequence, passes: Mapping[int, PassStates]) -> None:
+        """Keeps the states that a step left of a sequence's checked tokens, by layer, until the head reads them."""
         parts, start = list[Tensor](), 0
         assert self._head.spec.draft is not None
         for layer in self._head.spec.draft.aux_layers:
             states = passes[layer]
             place = next(i for i, row in enumerate(states.rows) if row is sequence)
             first, start = sum(states.lengths[:place]), states.starts[place]
-            parts.append(states.hidden[first : first + states.lengths[place]])
-        return start, torch.cat(parts, dim=-1)
+            # States of rejected drafts are useless, and the newest token's are not computed yet.
+            num_checked = min(states.lengths[place], sequence.num_final - 1 - start)
+            parts.append(states.hidden[first : first + num_checked])
+        unread = sequence.unread
+        if start == 0:  # it begins, or begins anew with other memory
+            unread.start, unread.states = 0, []
+        unread.states.append(torch.cat(parts, dim=-1))
 
-    def draft(self, inputs: list[DraftInput]) -> list[list[int]]:
-        """Reads the tokens of each input and returns its drafts, the likeliest token each time. All tensor-parallel
-        ranks return the same.
+    def num_unread(self, sequence: Sequence) -> int:
+        """Returns the number of tokens of a sequence whose states the head has not read."""
+        return sum(len(states) for states in sequence.unread.states)
+
+    def draft(self, wanted_of: list[tuple[Sequence, int]]) -> list[list[int]]:
+        """Reads the states that are kept of each sequence, and returns the wanted number of drafts for each, the
+        likeliest token each time. All tensor-parallel ranks return the same.
         """
-        drafts: list[list[int]] = [[] for _ in inputs]
-        rows, lengths = [each.sequence for each in inputs], [each.states.shape[0] for each in inputs]
-        starts = [each.start for each in inputs]
-        state = self._head.fused(torch.cat([each.states for each in inputs]))
+        drafts: list[list[int]] = [[] for _ in wanted_of]
+        rows, num_drafts = [sequence for sequence, _ in wanted_of], [count for _, count in wanted_of]
+        lengths, starts = [self.num_unread(row) for row in rows], [row.unread.start for row in rows]
+        state = self._head.fused(torch.cat([states for row in rows for states in row.unread.states]))
         tokens = [
             t
-            for each, n in zip(inputs, lengths, strict=True)
-            for t in each.sequence.tokens[each.start + 1 : each.start + 1 + n]
+            for row, start, n in zip(rows, starts, lengths, strict=True)
+            for t in row.tokens[start + 1 : start + 1 + n]
         ]
-        for step in range(max(1, *(each.num_drafts for each in inputs))):
+        for row, length in zip(rows, lengths, strict=True):
+            row.unread.start, row.unread.states = row.unread.start + length, []
+        members = list(range(len(rows)))
+        for step in range(max(1, *num_drafts)):
             state = self._through_layer(state, tokens, rows, starts, lengths)
-            wanted = [i for i, each in enumerate(inputs) if each.sequence in rows and each.num_drafts > step]
-            if not wanted:
+            kept = [i for i, member in enumerate(members) if num_drafts[member] > step]
+            if not kept:
                 break
             ends = torch.tensor(lengths).cumsum(0) - 1
-            kept = [i for i, row in enumerate(rows) if any(inputs[w].sequence is row for w in wanted)]
             state = state[ends[kept].to(state.device)]
             normed = self._head.norm(state)
             tokens = self._likeliest(normed)
-            for each, token in zip(wanted, tokens, strict=True):
-                drafts[each].append(token)
+            members, starts = [members[i] for i in kept], [starts[i] + lengths[i] for i in kept]
+            rows, lengths = [rows[i] for i in kept], [1] * len(kept)
+            for member, token in zip(members, tokens, strict=True):
+                drafts[member].append(token)
             assert self._head.spec.draft is not None
             state = normed if self._head.spec.draft.norm_output else state
-            starts = [starts[i] + lengths[i] for i in kept]
-            rows, lengths = [rows[i] for i in kept], [1] * len(kept)
         return drafts
 
     def _through_layer(

@@ -5,7 +5,7 @@ drafts.
 import torch
 
 from ee_tuning.engine.cost_model import Costs, head_cost
-from ee_tuning.engine.draft_head import DraftHead, DraftInput
+from ee_tuning.engine.draft_head import DraftHead
 from ee_tuning.engine.draft_proposer import keep_agreed
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.stage_model import StageModel
@@ -17,7 +17,11 @@ MOST_DRAFTS = 8
 MEMORY, PRIOR = 0.98, 0.7
 """Weight of a count after the next one; prior probability of the first draft."""
 TRY_EVERY = 16
-"""Rounds without drafts after which one token is drafted, to see whether the text has become easier."""
+"""Steps after which one token is drafted for each sequence even though no draft seems to pay, to see whether the text
+has become easier: the head reads its weights once for all of them.
+"""
+MOST_UNREAD = 256
+"""Tokens whose states wait for the head to read them, at most, while it drafts nothing."""
 
 
 class DraftHeadProposer:
@@ -30,7 +34,7 @@ class DraftHeadProposer:
         self._num_layers, self._max_pending = stage.config.num_layers, stage.max_pending
         self._last_stage = stage.topology.pp - 1
         self._seen, self._right = [1.0] * MOST_DRAFTS, [PRIOR] * MOST_DRAFTS
-        self._num_rounds = 0
+        self._num_steps = 0
 
     def plan(self, sequence: Sequence, num_rows: int) -> RowPlan:
         """Returns the row of a sequence whose newest token and its drafts are scheduled."""
@@ -45,31 +49,28 @@ class DraftHeadProposer:
             self._right[place] = MEMORY * self._right[place] + (place < num_kept)
         return [(answer, self._num_layers) for answer in output.answers[: num_kept + 1]]
 
-    def propose(self, read: list[tuple[Sequence, RowOutput]]) -> None:
-        """Reads the states that steps computed of sequences whose newest tokens are final, and adds drafts to those
-        that decode.
+    def propose(self, finished: list[tuple[Sequence, RowOutput]]) -> None:
+        """Adds drafts to sequences that decode and whose newest tokens are final. The head reads the states that steps
+        left of a sequence before it drafts for it.
         """
-        counts = [self._length(sequence) if _decodes(sequence) else 0 for sequence, _ in read]
-        if not read:
-            return
+        self._num_steps += 1
+        counts = [self._length(sequence) if _decodes(sequence) else 0 for sequence, _ in finished]
         tokens = torch.empty(sum(counts), dtype=torch.int64)
         if self._head is not None:
-            inputs = [
-                self._input(self._head, sequence, output, count)
-                for (sequence, output), count in zip(read, counts, strict=True)
+            for sequence, output in finished:
+                self._head.keep(sequence, output.read_states)
+            drafting = [
+                (sequence, count)
+                for (sequence, _), count in zip(finished, counts, strict=True)
+                if count or self._head.num_unread(sequence) > MOST_UNREAD
             ]
-            tokens = torch.tensor([token for drafts in self._head.draft(inputs) for token in drafts], dtype=torch.int64)
+            drafts = self._head.draft(drafting) if drafting else []
+            tokens = torch.tensor([token for each in drafts for token in each], dtype=torch.int64)
         if len(tokens) and self._last_stage > 0:
             self._link.broadcast(tokens, self._last_stage)
-        drafts = iter(tokens.tolist())
-        for (sequence, _), count in zip(read, counts, strict=True):
-            sequence.add_drafts([next(drafts) for _ in range(count)], self._num_layers)
-
-    def _input(self, head: DraftHead, sequence: Sequence, output: RowOutput, num_drafts: int) -> DraftInput:
-        start, states = head.states_of(sequence, output.read_states)
-        # States of rejected drafts are useless, and the newest token's are not computed yet.
-        known = states[: sequence.num_final - 1 - start]
-        return DraftInput(sequence=sequence, start=start, states=known, num_drafts=num_drafts)
+        drafted = iter(tokens.tolist())
+        for (sequence, _), count in zip(finished, counts, strict=True):
+            sequence.add_drafts([next(drafted) for _ in range(count)], self._num_layers)
 
     def rate(self, sequence: Sequence) -> float:
         """Returns tokens per second and sequence with the head's drafts."""
@@ -78,8 +79,7 @@ class DraftHeadProposer:
     def _length(self, sequence: Sequence) -> int:
         """Returns the number of drafts; sometimes one, even if no draft seems to pay."""
         best, _, most = self._best(sequence)
-        self._num_rounds += 1
-        return best or max(0, min(most, int(self._num_rounds % TRY_EVERY == 0)))
+        return best or max(0, min(most, int(self._num_steps % TRY_EVERY == 0)))
 
     def _best(self, sequence: Sequence) -> tuple[int, float, int]:
         """Returns the number of drafts with most tokens per second by past acceptance, that rate, and the number of

@@ -28,6 +28,11 @@ class DraftProposer:
         self.memory: SpeculationMemory | None = None
         """The file with the records of earlier processes."""
 
+    def begin_step(self) -> None:
+        """Begins a step of the engine."""
+        if self.speculation is not None:
+            self.speculation.begin_step()
+
     def plan(self, sequence: Sequence, num_rows: int) -> RowPlan:
         """Returns the row of a sequence whose newest token is scheduled, while `num_rows` sequences decode side by
         side.

@@ -184,6 +184,7 @@ class Engine:
         from the engine; their finish_reason says why.
         """
         self.scheduler.admit(self.in_flight.busy)
+        self.proposer.begin_step()
         tokens, self._landed = self._landed, []
         if len(self.in_flight) and self.scheduler.is_short:
             tokens += self._update(self.in_flight.finish())

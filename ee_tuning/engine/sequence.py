@@ -86,6 +86,16 @@ class DraftRound:
         self.answers.clear()
 
 
+@dataclass
+class UnreadStates:
+    """States of checked tokens that the drafting head has not read."""
+
+    start: int = 0
+    """The position of the first one."""
+    states: list[Tensor] = field(default_factory=list, repr=False)
+    """[tokens, a * h] of each step, for the a layers that the head reads."""
+
+
 @dataclass(eq=False)
 class Sequence:
     """A prompt and its completion. The tokens at its end may be drafts."""
@@ -129,6 +139,7 @@ class Sequence:
     num_cached_blocks: int = 0
     """Full blocks that are in the prefix cache."""
     uses_prefix_cache: bool = True
+    unread: UnreadStates = field(default_factory=UnreadStates)
     heard_segments: tuple[int, ...] = ()
     """Segments whose exits keep their logits for tokens that the final head is asked about (`exit_fusion.py`)."""
     heard: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
@@ -141,11 +152,17 @@ class Sequence:
     """Empty while it runs; then "stop" (a stop token), "length" (its limit) or "abort"."""
     statistics: SequenceStatistics = field(default_factory=SequenceStatistics)
     num_prompt_tokens: int = field(init=False)
+    speculates: bool = field(init=False)
+    """Whether exits, repeated text or a drafting head draft for this sequence."""
+    own_layers: tuple[int, ...] = field(init=False)
+    """Segments whose heads have their own layer and may be asked by this request."""
     key: int = field(init=False)
     """Seed of its sampling."""
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)
+        self.speculates = bool(self.policy.drafts_at) or self.policy.looks_up or self.policy.has_draft_head
+        self.own_layers = tuple(n for n in range(len(self.num_own_computed)) if self.keeps_own(n))
         self.key = request_key(self.params.seed, self.tokens, self.completion)
 
     @property
@@ -169,11 +186,6 @@ class Sequence:
         return self.num_scheduled == len(self.tokens)
 
     @property
-    def own_layers(self) -> list[int]:
-        """Segments whose heads have their own layer and may be asked by this request."""
-        return [segment for segment in range(len(self.num_own_computed)) if self.keeps_own(segment)]
-
-    @property
     def cached_parts(self) -> frozenset[CachedPart]:
         """Parts of the network in which it needs keys and values."""
         segments = frozenset(("segment", segment) for segment in range(self.last_segment + 1))
@@ -191,14 +203,9 @@ class Sequence:
         return len(self.drafts.layers)
 
     @property
-    def speculates(self) -> bool:
-        """Whether exits, repeated text or a drafting head draft for this sequence."""
-        return bool(self.policy.drafts_at) or self.policy.looks_up or self.policy.has_draft_head
-
-    @property
     def num_final(self) -> int:
         """Number of tokens that are no drafts, prompt included."""
-        return len(self.tokens) - self.num_drafts
+        return len(self.tokens) - len(self.drafts.layers)
 
     @property
     def num_output(self) -> int:

@@ -26,7 +26,9 @@ FIRST_INTERVAL, MOST_INTERVAL = 32, 512
 LENGTHS = (1, 2, 3, 5, 8, 16)
 """Numbers of drafts that a plan can have."""
 SURVEY_EVERY = 8
-"""One round in this many may ask exits that the plan does not use."""
+"""Steps from one in which sequences may ask exits that the plan does not use to the next such step. All sequences that
+begin a round then do so: a head that is asked about all of them reads its weights once.
+"""
 LEAST_GAIN = 1.05
 """Smallest expected speed-up of a plan over full depth."""
 FIRST_CREDIT, MOST_CREDIT, CREDIT_PER_ROUND = 1.5, 8.0, 0.02
@@ -79,12 +81,17 @@ class Speculation:
         self.costs, self.segments = costs, segments
         self.records = {s.exit_layer: ExitRecord() for s in segments[:-1] if s.exit_layer is not None}
         self.matches = MatchRecord()
-        self.num_rounds = 0
+        self.num_rounds = self.num_steps = 0
+        self._survey_step = 0
         self.credit = FIRST_CREDIT
         """Passes of the full model that may be spent on trying exits."""
         self._interval = self._next_plan = FIRST_INTERVAL
         self._plans: dict[tuple[tuple[int, ...], int], DraftPlan] = {}
         """(exits that a request lets draft, sequences that decode side by side) -> plan."""
+
+    def begin_step(self) -> None:
+        """Begins a step of the engine, in which any number of sequences may begin a round."""
+        self.num_steps += 1
 
     def begin_round(self, sequence: Sequence, num_rows: int, most: int) -> None:
         """Plans the drafts of a sequence, at most `most`, while `num_rows` sequences decode side by side."""
@@ -100,7 +107,7 @@ class Speculation:
         others = [layer for layer in exits if layer not in thresholds]
         if (
             others
-            and self.num_rounds % SURVEY_EVERY == 0
+            and self._is_survey_step()
             and self.credit >= 1 + self._relative_cost_of_asking(others, num_rows)
         ):
             thresholds |= dict.fromkeys(others, NEVER_SURE)
@@ -192,6 +199,11 @@ class Speculation:
         shallow = self._seconds_to(layer, num_rows)
         seconds = self._seconds_of_round(layer, num_drafts, num_asked, num_rows, shallow) + others
         return seconds / self.costs.of_all(num_rows)
+
+    def _is_survey_step(self) -> bool:
+        if self.num_steps >= self._survey_step + SURVEY_EVERY:
+            self._survey_step = self.num_steps
+        return self.num_steps == self._survey_step
 
     def _relative_cost_of_asking(self, exits: list[int], num_rows: int) -> float:
         return sum(self.costs.of_head(layer, num_rows) for layer in exits) / self.costs.of_all(num_rows)

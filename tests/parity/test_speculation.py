@@ -206,6 +206,37 @@ def test_speculation_loses_little_where_it_was_wrong(llama):
     assert tried and lost < FIRST_CREDIT + 400 * CREDIT_PER_ROUND + 2
 
 
+def test_sequences_side_by_side_ask_unused_exits_in_the_same_step(llama):
+    """A head whose weights are read in one step for one sequence, and in the next for another."""
+    loaded, _ = llama
+    engine = Engine(loaded.model, loaded.stages, num_slots=4, max_length=128)
+    one, cheap = (1.0,) * 3, (0.01,) * 3
+    known = engine.proposer.speculation = Speculation(
+        Costs((one, one, one), {2: cheap, 4: cheap}, one), engine.segments
+    )
+    for layer in (2, 4):
+        known.records[layer].add(0.1, False)
+    made = [
+        engine.add_request(
+            [5, place],
+            SamplingParams(max_tokens=100, ignore_eos=True),
+            policy_for(loaded.model, policy="speculative", prompt_lookup=False),
+        )[0]
+        for place in range(4)
+    ]
+    asking, begin = list[int](), known.begin_round
+
+    def counted(sequence, num_rows, most):
+        begin(sequence, num_rows, most)
+        asking.append(len(sequence.drafts.thresholds) == 2)
+
+    known.begin_round = counted
+    while not any(each.finish_reason for each in made):
+        engine.step()
+    steps = [sum(asking[at : at + 4]) for at in range(0, len(asking), 4)]
+    assert {*steps} == {0, 4} and 2 <= steps.count(4) <= 15
+
+
 def test_speculation_goes_on_where_it_wins(llama):
     """A plan that gives up exits that are cheap and right."""
     loaded, _ = llama
