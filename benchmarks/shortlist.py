@@ -105,7 +105,7 @@ class _Together:
         self.each = each
 
     def add(self, final: Tensor, counts: Tensor) -> None:
-        """See OtherFit."""
+        """Adds counts of tokens with these final states to each fit."""
         for other in self.each:
             other.add(final, counts)
 

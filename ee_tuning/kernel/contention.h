@@ -22,7 +22,8 @@ class Contention {
         Clock::rep planned = due.load(std::memory_order_relaxed);
         if (now.time_since_epoch().count() > planned &&
             due.compare_exchange_strong(planned, (now + BETWEEN_COUNTS).time_since_epoch().count())) {
-            const bool is_crowded = num_runnable() + num_asleep > num_cores();
+            const int num_running = num_runnable();
+            const bool is_crowded = num_running > 0 && num_running + num_asleep > num_cores();
             if (is_crowded == before.exchange(is_crowded)) seen.store(is_crowded, std::memory_order_relaxed);
         }
         return seen.load(std::memory_order_relaxed);
@@ -37,7 +38,7 @@ class Contention {
         return cores;
     }
 
-    static int num_runnable() { // the caller is one of them
+    static int num_runnable() { // the caller is one of them; 0 where the system does not say
         static const int file = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
         char text[64];
         const ssize_t size = file < 0 ? 0 : pread(file, text, sizeof text - 1, 0);
