@@ -42,7 +42,7 @@ class Meeting {
 
     bool look(int seen) {
         auto now = Clock::now();
-        const auto until = Contention::is_seen(now, num_asleep.load()) ? now : now + LOOKING;
+        const auto until = Contention::is_seen(now) ? now : now + LOOKING;
         for (; now < until; now = Clock::now()) {
             for (int i = 0; i < LOOKS_PER_CLOCK; ++i) {
                 if (round.load() != seen) return true;
