@@ -82,4 +82,3 @@ class FixedDrafts(Speculation):
     def begin_round(self, sequence: Sequence, num_rows: int, most: int) -> None:
         self.num_rounds += 1
         sequence.drafts.begin(self._thresholds if most > 0 else {}, min(most, self._most))
-        sequence.drafts.num_rows = num_rows

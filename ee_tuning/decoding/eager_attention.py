@@ -49,6 +49,12 @@ class SlotMapping:
         """The block of each BLOCK_SIZE tokens."""
         return (self.index[::BLOCK_SIZE] // BLOCK_SIZE).tolist()
 
+    def span(self, start: int, stop: int, device: torch.device) -> slice | Tensor:
+        """Returns the places of tokens `start` to `stop`: a slice where they lie one after the other, else an index."""
+        if self.first is not None:
+            return slice(self.first + start, self.first + stop)
+        return self.index[start:stop].to(device)
+
     @cached_property
     def address(self) -> int:
         """The address of the index, in memory."""

@@ -1,8 +1,8 @@
 """The drafting head of EAGLE-3 (arXiv 2503.01840) in decoding: drafts of several sequences, one token after the other.
 
 The head reads the states of some layers for tokens that the model has checked, each with the embedding of the token
-that follows it, and then its own output. Its keys and values lie in a cache of its own; those of drafts are overwritten
-by those of checked tokens.
+that follows it, and then its own output. Its keys and values lie in the sequence's blocks, like those of a layer; those
+of drafts are overwritten by those of checked tokens.
 """
 
 from collections.abc import Mapping
@@ -25,13 +25,9 @@ from ee_tuning.parallel.vocab import top1
 class DraftHead:
     """The head on this rank. Shares its weights."""
 
-    def __init__(self, stage: StageModel, head: Eagle3Head, num_slots: int, max_length: int):
-        self._stage, self._head, self._max_length = stage, head, max_length
+    def __init__(self, stage: StageModel, head: Eagle3Head):
+        self._stage, self._head = stage, head
         self._vocab = stage.model.exit_vocab
-        groups, width = head.midlayer.num_groups, head.midlayer.config.kv_channels
-        shape = (num_slots, max_length, groups, width)
-        dtype, device = stage.model.plan.dtype, stage.topology.device
-        self._keys, self._values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
     def keep(self, sequence: Sequence, passes: Mapping[int, PassStates]) -> None:
         """Keeps the states that a step left of a sequence's checked tokens, by layer, until the head reads them."""
@@ -97,15 +93,17 @@ class DraftHead:
             device=state.device,
         )[:, None]
         layer = self._head.midlayer
+        cache = self._stage.cache.draft_head(layer.config)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [t, 1, n, d], [t, 1, g, d] -> [t, 1, n * d]
             query, key = layer.rotated(query, positions), layer.rotated(key, positions)
             parts, first = [], 0
             for row, start, length in zip(rows, starts, lengths, strict=True):
                 own, stop = slice(first, first + length), start + length
-                keys, values = self._keys[row.slot], self._values[row.slot]
-                keys[start:stop], values[start:stop] = key[own, 0], value[own, 0]
-                parts.append(_attend(query[own, 0], keys[:stop], values[:stop], start, layer.scale))
+                assert row.slot_mapping is not None
+                new, seen = (row.slot_mapping.span(first, stop, state.device) for first in (start, 0))
+                cache.keys[new], cache.values[new] = key[own, 0], value[own, 0]
+                parts.append(_attend(query[own, 0], cache.keys[seen], cache.values[seen], start, layer.scale))
                 first += length
             return torch.cat(parts)[:, None]
 

@@ -10,15 +10,17 @@ from ee_tuning.engine.draft_proposer import keep_agreed
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.stage_model import StageModel
 from ee_tuning.engine.step_plan import Answer, RowOutput, RowPlan, plan_of_check
+from ee_tuning.kernel import calls
 from ee_tuning.parallel.stage_link import StageLink
 
 MOST_DRAFTS = 8
 """Most drafts of a round."""
 MEMORY, PRIOR = 0.98, 0.7
 """Weight of a count after the next one; prior probability of the first draft."""
-TRY_EVERY = 16
+TRY_EVERY = 17
 """Steps after which one token is drafted for each sequence even though no draft seems to pay, to see whether the text
-has become easier: the head reads its weights once for all of them.
+has become easier: the head reads its weights once for all of them. An odd number, since groups of sequences may take
+turns over pipeline stages.
 """
 MOST_UNREAD = 256
 """Tokens whose states wait for the head to read them, at most, while it drafts nothing."""
@@ -32,13 +34,14 @@ class DraftHeadProposer:
     def __init__(self, head: DraftHead | None, link: StageLink, costs: Costs, stage: StageModel):
         self._head, self._link, self._costs = head, link, costs
         self._num_layers, self._max_pending = stage.config.num_layers, stage.max_pending
+        self._is_native = stage.is_native
         self._last_stage = stage.topology.pp - 1
         self._seen, self._right = [1.0] * MOST_DRAFTS, [PRIOR] * MOST_DRAFTS
         self._num_steps = 0
 
-    def plan(self, sequence: Sequence, num_rows: int) -> RowPlan:
+    def plan(self, sequence: Sequence) -> RowPlan:
         """Returns the row of a sequence whose newest token and its drafts are scheduled."""
-        return plan_of_check(sequence, num_rows)
+        return plan_of_check(sequence)
 
     def update(self, row: RowPlan, output: RowOutput) -> list[tuple[Answer, int]]:
         """Checks the drafts of a sequence: final tokens, each with the layer that it left at."""
@@ -89,6 +92,8 @@ class DraftHeadProposer:
         room = len(sequence.slot_mapping.index) - len(sequence.tokens)
         most = min(MOST_DRAFTS, self._max_pending, sequence.limit - len(sequence.tokens) - 1, room)
         num_rows, costs = sequence.drafts.num_rows, self._costs
+        if self._is_native:  # the kernels do not serve a pass of more tokens
+            most = min(most, calls.MOST_TOKENS // num_rows - 1)
         best, best_rate, expected, share = 0, 1 / costs.of_all(num_rows), 1.0, 1.0
         for count in range(1, most + 1):
             share *= self._right[count - 1] / self._seen[count - 1]

@@ -33,13 +33,11 @@ class DraftProposer:
         if self.speculation is not None:
             self.speculation.begin_step()
 
-    def plan(self, sequence: Sequence, num_rows: int) -> RowPlan:
-        """Returns the row of a sequence whose newest token is scheduled, while `num_rows` sequences decode side by
-        side.
-        """
+    def plan(self, sequence: Sequence) -> RowPlan:
+        """Returns the row of a sequence whose newest token is scheduled."""
         if sequence.drafts.are_complete:
-            return plan_of_check(sequence, num_rows)
-        known = self._known()
+            return plan_of_check(sequence)
+        known, num_rows = self._known(), sequence.drafts.num_rows
         room = min(self.max_pending, sequence.limit - sequence.num_final - 1)
         if not sequence.num_drafts:
             known.begin_round(sequence, num_rows, room)

@@ -102,7 +102,7 @@ class Engine:
             self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk, reuses_prefixes=reuses_prefixes
         )
         self.proposer = DraftProposer(self.stage, max_pending)
-        self.head_proposer = self._head_proposer(num_slots, max_length) if model.plan.aux_layers else None
+        self.head_proposer = self._head_proposer() if model.plan.aux_layers else None
         """Drafts by the model's drafting head; None for a model without one."""
         self.running, self.waiting = self.scheduler.running, self.scheduler.waiting
         self._never = array("d", [math.inf] * len(self.segments))
@@ -134,12 +134,12 @@ class Engine:
             self.scheduler.enqueue(sequence)
         return added
 
-    def _head_proposer(self, num_slots: int, max_length: int) -> DraftHeadProposer:
+    def _head_proposer(self) -> DraftHeadProposer:
         head = None
         if self.model.plan.drafts:
             (trained,) = self.model.exit_heads.values()
             assert isinstance(trained, Eagle3Head)
-            head = DraftHead(self.stage, trained, num_slots, max_length)
+            head = DraftHead(self.stage, trained)
         return DraftHeadProposer(head, self.link, expected_costs(self.stage), self.stage)
 
     def _sequence(
@@ -236,6 +236,7 @@ class Engine:
 
     def _row(self, sequence: Sequence, num_rows: int) -> RowPlan:
         """Returns the row of a scheduled sequence in a step of `num_rows`."""
+        sequence.drafts.num_rows = num_rows
         num_new = sequence.num_scheduled - sequence.num_computed[0]
         if not sequence.is_all_scheduled:
             return RowPlan(sequence, self._never, num_asked=0, num_new=num_new)
@@ -247,7 +248,7 @@ class Engine:
             )
         if not sequence.speculates:
             return RowPlan(sequence, self._thresholds(sequence), num_new=num_new)
-        row = self._proposer_of(sequence).plan(sequence, num_rows)
+        row = self._proposer_of(sequence).plan(sequence)
         if row.most_drafts:
             room = self._room(sequence, row.most_drafts)
             row.most_drafts = max(0, min(row.most_drafts, room, calls.MOST_TOKENS - 1 - sequence.num_drafts))

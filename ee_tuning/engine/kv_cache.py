@@ -159,7 +159,7 @@ class KVCache:
         self.num_places = self.pool.num_blocks * BLOCK_SIZE
         spare = BLOCK_SIZE if graphs.is_supported(topology) else 0
         self._shape = (self.num_places + spare, config.num_query_groups // topology.tp, config.kv_channels)
-        self._dtype, self._device = dtype, topology.device
+        self._dtype, self._device, self._tp = dtype, topology.device, topology.tp
         self._layers: dict[tuple[str, int], LayerCache] = {}
 
     @property
@@ -171,7 +171,7 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of all layers of this rank that have run."""
-        return len(self._layers) * self.bytes_per_token * self._shape[0]
+        return sum(cache.keys.nbytes + cache.values.nbytes for cache in self._layers.values())
 
     def layer(self, number: int) -> LayerCache:
         """Returns the cache of layer `number`. Layers that a fixed exit never reaches take no memory. Raises InputError
@@ -183,17 +183,22 @@ class KVCache:
         """Returns the cache of the own layer of the exit head after layer `number`."""
         return self._of(("exit head", number))
 
+    def draft_head(self, config: ModelConfig) -> LayerCache:
+        """Returns the cache of the layer of a drafting head, whose keys and values may have another shape."""
+        shape = (self._shape[0], config.num_query_groups // self._tp, config.kv_channels)
+        return self._of(("draft head", 0), shape)
+
     def slot_mapping(self, blocks: list[int]) -> SlotMapping:
         """Returns the places of a sequence's tokens, in their order."""
         index = torch.tensor(blocks)[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)
         follows = all(b == a + 1 for a, b in itertools.pairwise(blocks))
         return SlotMapping(index=index.flatten(), first=blocks[0] * BLOCK_SIZE if follows else None)
 
-    def _of(self, owner: tuple[str, int]) -> LayerCache:
+    def _of(self, owner: tuple[str, int], shape: tuple[int, int, int] | None = None) -> LayerCache:
         if owner not in self._layers:
             # Zeros, not empty: a masked place is multiplied by weight 0, and a stray NaN would survive that.
             try:
-                keys, values = (zeros_on_demand(self._shape, self._dtype, self._device) for _ in range(2))
+                keys, values = (zeros_on_demand(shape or self._shape, self._dtype, self._device) for _ in range(2))
             except (RuntimeError, OSError, OverflowError) as error:  # out of memory, as torch or the system reports it
                 raise _too_large(
                     self.num_places, f", {self.bytes_per_token * self.num_places / 1e9:,.1f} GB in each layer"

@@ -71,7 +71,7 @@ class DraftRound:
     most: int = 0
     """Most drafts."""
     num_rows: int = 1
-    """Sequences that decoded side by side when it was planned."""
+    """Sequences of its newest step, which decode side by side."""
     are_complete: bool = False
     """Whether all drafts were made before the round, so that only their check is left."""
     layers: list[int] = field(default_factory=list)

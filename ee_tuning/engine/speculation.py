@@ -25,14 +25,17 @@ FIRST_INTERVAL, MOST_INTERVAL = 32, 512
 """Rounds before the second plan, which double each time, and their maximum. A plan takes milliseconds."""
 LENGTHS = (1, 2, 3, 5, 8, 16)
 """Numbers of drafts that a plan can have."""
-SURVEY_EVERY = 8
+SURVEY_EVERY = 7
 """Steps from one in which sequences may ask exits that the plan does not use to the next such step. All sequences that
-begin a round then do so: a head that is asked about all of them reads its weights once.
+begin a round then do so: a head that is asked about all of them reads its weights once. An odd number, since groups of
+sequences may take turns over pipeline stages.
 """
 LEAST_GAIN = 1.05
 """Smallest expected speed-up of a plan over full depth."""
-FIRST_CREDIT, MOST_CREDIT, CREDIT_PER_ROUND = 1.5, 8.0, 0.02
-"""Passes of the full model that may be spent on trying exits: at first, at most, and per round without trying any."""
+FIRST_CREDIT, MOST_CREDIT, CREDIT_PER_PASS = 1.5, 8.0, 0.02
+"""Passes of the full model, for all sequences that decode side by side, that may be spent on trying exits: at first, at
+most, and per pass without trying any. A round of one sequence counts as its share of a pass.
+"""
 NEVER_SURE = 2.0
 """A threshold that no confidence reaches: the exit is asked, and drafts nothing."""
 
@@ -84,7 +87,7 @@ class Speculation:
         self.num_rounds = self.num_steps = 0
         self._survey_step = 0
         self.credit = FIRST_CREDIT
-        """Passes of the full model that may be spent on trying exits."""
+        """Passes that may be spent on trying exits."""
         self._interval = self._next_plan = FIRST_INTERVAL
         self._plans: dict[tuple[tuple[int, ...], int], DraftPlan] = {}
         """(exits that a request lets draft, sequences that decode side by side) -> plan."""
@@ -105,17 +108,12 @@ class Speculation:
         if plan.exit_layer is not None and self.credit > 0 and most > 0:
             thresholds[plan.exit_layer] = plan.threshold
         others = [layer for layer in exits if layer not in thresholds]
-        if (
-            others
-            and self._is_survey_step()
-            and self.credit >= 1 + self._relative_cost_of_asking(others, num_rows)
-        ):
+        if others and self._is_survey_step() and self.credit >= 1 + self._relative_cost_of_asking(others, num_rows):
             thresholds |= dict.fromkeys(others, NEVER_SURE)
         if not thresholds:
-            self.credit = min(MOST_CREDIT, self.credit + CREDIT_PER_ROUND)
+            self.credit = min(MOST_CREDIT, self.credit + CREDIT_PER_PASS / num_rows)
         drafts = min(plan.most, most) if plan.exit_layer in thresholds else 0
         sequence.drafts.begin(thresholds, drafts)
-        sequence.drafts.num_rows = num_rows
 
     def thresholds(self, sequence: Sequence) -> "array[float]":
         """Returns [segments]: the confidence from which on the sequence's newest token is drafted."""
@@ -130,7 +128,7 @@ class Speculation:
                 self.records[exit_layer].add(confidence, token == answers[index].token_id)
         if drafts.thresholds:
             spent = self._relative_cost_of_round(sequence, len(answers) - 1)
-            self.credit = min(MOST_CREDIT, self.credit + 1 + num_kept - spent)
+            self.credit = min(MOST_CREDIT, self.credit + (1 + num_kept - spent) / drafts.num_rows)
 
     def plain_rate(self, num_rows: int) -> float:
         """Returns tokens per second and sequence at full depth."""

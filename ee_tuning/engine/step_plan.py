@@ -58,11 +58,8 @@ class RowPlan:
         return self.num_asked > 0 if segment == self.last_segment else self.thresholds[segment] < math.inf
 
 
-def plan_of_check(sequence: Sequence, num_rows: int) -> RowPlan:
-    """Returns the row of a sequence whose drafts, made beforehand, are all scheduled with its newest token, while
-    `num_rows` sequences decode side by side.
-    """
-    sequence.drafts.num_rows = num_rows
+def plan_of_check(sequence: Sequence) -> RowPlan:
+    """Returns the row of a sequence whose drafts, made beforehand, are all scheduled with its newest token."""
     num_new = sequence.num_scheduled - sequence.num_computed[0]
     return RowPlan(sequence, sequence.exit_thresholds, num_asked=sequence.num_drafts + 1, num_new=num_new, rides=False)
 

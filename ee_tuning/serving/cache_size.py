@@ -6,6 +6,8 @@ import torch
 from ee_tuning.decoding.eager_attention import BLOCK_SIZE
 from ee_tuning.errors import InputError
 from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.model.early_exit import StagePlan
+from ee_tuning.model_config.config import ModelConfig
 from ee_tuning.parallel.collectives import gather_lists
 from ee_tuning.parallel.topology import Topology
 
@@ -29,9 +31,11 @@ def cache_size(
         )
     tokens = defaults.cache_tokens
     if tokens is None:
-        width = config.num_query_groups // topology.tp * config.kv_channels
         layers = max(1, plan.last_layer - plan.first_layer + 1 + len(plan.exit_layers))
-        per_token = 2 * width * layers * torch.empty(0, dtype=plan.dtype).element_size()
+        per_token = layers * _bytes_of_layer(config, plan, topology)
+        for exit_head in plan.own_exits:
+            if exit_head.draft:
+                per_token += _bytes_of_layer(exit_head.draft.layer_config(config), plan, topology)
         fits = int(SHARE[topology.device.type] * _free_bytes(topology) / _sharers(topology, num_replicas)) // per_token
         tokens = min(min(gather_lists([fits], topology)), defaults.max_batch_size * longest)
     tokens = tokens // BLOCK_SIZE * BLOCK_SIZE
@@ -43,6 +47,11 @@ def cache_size(
             "--max-model-len, or give --cache-tokens"
         )
     return tokens, longest
+
+
+def _bytes_of_layer(config: ModelConfig, plan: StagePlan, topology: Topology) -> int:
+    """Returns the bytes of a token's keys and values in one layer of this rank."""
+    return 2 * config.num_query_groups // topology.tp * config.kv_channels * plan.dtype.itemsize
 
 
 def _free_bytes(topology: Topology) -> int:

@@ -15,7 +15,7 @@ from random_models import random_llama
 from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.engine.cost_model import CACHE_BYTES, COUNTS, Costs, expected_costs, expected_growth
 from ee_tuning.engine.engine import Engine
-from ee_tuning.engine.speculation import CREDIT_PER_ROUND, FIRST_CREDIT, Speculation
+from ee_tuning.engine.speculation import CREDIT_PER_PASS, FIRST_CREDIT, Speculation
 from ee_tuning.engine.step_plan import Answer
 from ee_tuning.sampling.params import SamplingParams
 
@@ -203,16 +203,18 @@ def test_speculation_loses_little_where_it_was_wrong(llama):
             sequence.drafts.layers.append(2)
             known.end_round(sequence, [Answer(0.9, 8), Answer(0.9, 8)], 0)
             lost += before - known.credit
-    assert tried and lost < FIRST_CREDIT + 400 * CREDIT_PER_ROUND + 2
+    assert tried and lost < FIRST_CREDIT + 400 * CREDIT_PER_PASS + 2
 
 
 def test_sequences_side_by_side_ask_unused_exits_in_the_same_step(llama):
-    """A head whose weights are read in one step for one sequence, and in the next for another."""
+    """A head whose weights are read in one step for one sequence, and in the next for another; a survey that every
+    sequence pays as if it were alone.
+    """
     loaded, _ = llama
     engine = Engine(loaded.model, loaded.stages, num_slots=4, max_length=128)
-    one, cheap = (1.0,) * 3, (0.01,) * 3
+    layers, head, cheap = (1.0,) * 3, (0.4,) * 3, (0.01,) * 3
     known = engine.proposer.speculation = Speculation(
-        Costs((one, one, one), {2: cheap, 4: cheap}, one), engine.segments
+        Costs((layers, cheap, cheap), {2: head, 4: head}, cheap), engine.segments
     )
     for layer in (2, 4):
         known.records[layer].add(0.1, False)
@@ -227,6 +229,7 @@ def test_sequences_side_by_side_ask_unused_exits_in_the_same_step(llama):
     asking, begin = list[int](), known.begin_round
 
     def counted(sequence, num_rows, most):
+        assert known.credit > 0
         begin(sequence, num_rows, most)
         asking.append(len(sequence.drafts.thresholds) == 2)
 
@@ -234,7 +237,7 @@ def test_sequences_side_by_side_ask_unused_exits_in_the_same_step(llama):
     while not any(each.finish_reason for each in made):
         engine.step()
     steps = [sum(asking[at : at + 4]) for at in range(0, len(asking), 4)]
-    assert {*steps} == {0, 4} and 2 <= steps.count(4) <= 15
+    assert {*steps} == {0, 4} and 2 <= steps.count(4) <= 4
 
 
 def test_speculation_goes_on_where_it_wins(llama):
