@@ -20,14 +20,17 @@ from ee_tuning.model_config.config import ModelConfig
 
 FORMULA = (
     "pass = parameters that a token reads: layers (of experts, those it is routed to), last norm, output matrix. At small batches "
-    "the time of a GPU is the reading of weights; keys and values, launches and sampling are left out",
-    "step c = parameters that one draft reads ÷ pass; the least share of right drafts that pays",
-    "speed-up by drafts = (1 − a^(k+1)) ÷ (1 − a) ÷ (1 + k·c) with the best k of 1 to 8, each draft right with probability a where "
-    "those before it are; never below 1, for a draft is not made where it does not pay",
+    "the time of a GPU is the reading of weights; keys and values, launches and sampling are left out, and the experts that tokens "
+    "which catch up read besides",
+    "step c = parameters that one draft reads ÷ pass; without experts, the least share of right drafts that pays",
+    "speed-up by drafts = (1 − a^(k+1)) ÷ (1 − a) ÷ (m + k·c) with the best k of 1 to 8, each draft right with probability a where "
+    "those before it are; never below 1, for a draft is not made where it does not pay. m = what the check of k drafts, a pass of k + 1 "
+    "tokens, reads ÷ pass: 1, or with experts more, for n tokens read E·(1 − (1 − top-k/E)^n) of E experts where each token's are drawn evenly",
     "step of a threshold = what asking all exits reads ÷ pass. Its speed-up = 1 ÷ (a × the mean over exits of what a token reads until "
     "it leaves there ÷ pass + (1 − a) × (1 + step)), where a share a of the tokens leaves, evenly over the exits",
-    "operations of tuning a token = 2 × parameters that run + 6 × trained parameters (× unrolled steps of a drafting head); those that run: "
-    "the layers up to the last exit, or the whole pass where the final head teaches (drafts). GPU-hours = operations × tokens ÷ "
+    "operations of tuning a token = 2 × parameters that run + 6 × trained parameters (of experts, those it is routed to; × unrolled steps of "
+    "a drafting head, whose fusing map runs once) + 4 × output matrix for each tied exit, which needs no gradient of that matrix; those that "
+    "run: the layers up to the last exit, or the whole pass where the final head teaches (drafts). GPU-hours = operations × tokens ÷ "
     "(efficiency × peak operations/s) ÷ 3600",
 )
 """The formula of the figures."""
@@ -68,11 +71,25 @@ class Sizes:
     """Parameters of each layer."""
     output: int
     """Parameters of the output matrix."""
+    experts: int = 0
+    """Parameters of the experts, in all layers together, that a token is routed to."""
+    routed_share: float = 1.0
+    """Share of a layer's experts that a token is routed to."""
 
     @property
     def whole(self) -> int:
         """Parameters of a whole pass, without the last norm, which is small."""
         return sum(self.layers) + self.output
+
+    def of_tokens(self, num_tokens: int) -> float:
+        """Returns the parameters that a whole pass of several tokens reads, an expert of several of them once."""
+        read = (1 - (1 - self.routed_share) ** num_tokens) / self.routed_share
+        return self.whole + (read - 1) * self.experts
+
+    @property
+    def checks(self) -> tuple[float, ...]:
+        """Length of the check of 1 to MAX_DRAFTS drafts, in passes of one token."""
+        return tuple(self.of_tokens(num_drafts + 1) / self.whole for num_drafts in range(1, MAX_DRAFTS + 1))
 
 
 def ways(model: ModelConfig, name: str, ttt_steps: int) -> list[Way]:
@@ -91,17 +108,29 @@ def ways(model: ModelConfig, name: str, ttt_steps: int) -> list[Way]:
 
 def read_sizes(model: ModelConfig) -> Sizes:
     """Returns the parameters that are read per token; of experts, those that the token is routed to."""
-    shapes, layers = backbone_tensor_shapes(model), [0.0] * model.num_layers
-    routed = model.moe_router_topk / model.num_experts if model.num_experts else 1.0
+    shapes, layers, experts = backbone_tensor_shapes(model), [0.0] * model.num_layers, 0.0
     for tensor, (_, layer) in tensor_parts(model).items():
         if layer is not None:
-            layers[layer - 1] += math.prod(shapes[tensor]) * (routed if ".experts." in tensor else 1)
-    return Sizes(tuple(round(each) for each in layers), model.vocab_size * model.hidden_size)
+            read = math.prod(shapes[tensor]) * _share_read(tensor, model)
+            layers[layer - 1] += read
+            experts += read * _is_expert(tensor)
+    return Sizes(
+        tuple(round(each) for each in layers),
+        model.vocab_size * model.hidden_size,
+        round(experts),
+        _routed_share(model),
+    )
 
 
-def speed_up_by_drafts(right: float, step: float) -> float:
-    """Returns the speed-up of the best number of drafts, each right with probability `right` and `step` passes long."""
-    return max(1.0, *((1 - right ** (k + 1)) / (1 - right) / (1 + k * step) for k in range(1, MAX_DRAFTS + 1)))
+def speed_up_by_drafts(right: float, step: float, checks: Sequence[float] = (1.0,) * MAX_DRAFTS) -> float:
+    """Returns the speed-up of the best number of drafts, each right with probability `right` and `step` passes long.
+
+    `checks` holds the passes that the check of 1, 2, … drafts is long.
+    """
+    return max(
+        1.0,
+        *((1 - right ** (k + 1)) / (1 - right) / (check + k * step) for k, check in enumerate(checks, start=1)),
+    )
 
 
 def speed_up_by_threshold(share: float, until: Sequence[float], step: float) -> float:
@@ -122,6 +151,7 @@ def _spec(layer: int, architecture: Architecture, output: str) -> ExitSpec:
         layer=layer,
         architecture=architecture,
         ties_output=output == "tied",
+        adds_linear=output == "tied",  # by the fit that the commands ask for
         output_vocab=SHORTLIST if output == "shortlist" else 0,
     )
 
@@ -130,10 +160,29 @@ def _num_parameters(heads: Iterable[ExitSpec], model: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in exit_tensor_shapes(heads, model).values())
 
 
+def _num_active(head: ExitSpec, model: ModelConfig) -> int:
+    """Returns the head's own parameters that a token uses; of experts, those that it is routed to."""
+    shapes = exit_tensor_shapes((head,), model)
+    return round(sum(math.prod(shape) * _share_read(name, model) for name, shape in shapes.items()))
+
+
+def _share_read(tensor: str, model: ModelConfig) -> float:
+    return _routed_share(model) if _is_expert(tensor) else 1.0
+
+
+def _is_expert(tensor: str) -> bool:
+    return ".experts." in tensor
+
+
+def _routed_share(model: ModelConfig) -> float:
+    return model.moe_router_topk / model.num_experts if model.num_experts else 1.0
+
+
 def _threshold(model: ModelConfig, sizes: Sizes, name: str, output: str) -> Way:
     layers = sorted({max(1, round(model.num_layers * part / 4)) for part in (2, 3)})
     heads = [_spec(layer, "norm", output) for layer in layers]
-    asked = heads[0].output_rows(model.vocab_size) * model.hidden_size
+    tied = sizes.output if output == "tied" else 0
+    asked = _num_active(heads[0], model) + tied
     until = [(sum(sizes.layers[:layer]) + (index + 1) * asked) / sizes.whole for index, layer in enumerate(layers)]
     step, trained = len(layers) * asked / sizes.whole, _num_parameters(heads, model)
     flags = {"tied": " --exit-output tied", "untied": "", "shortlist": f" --output-vocab {SHORTLIST}"}[output]
@@ -145,7 +194,7 @@ def _threshold(model: ModelConfig, sizes: Sizes, name: str, output: str) -> Way:
         added=trained,
         step=step,
         speed_ups=tuple(speed_up_by_threshold(share, until, step) for share in SHARES),
-        operations=2 * (sum(sizes.layers[: layers[-1]])) + 6 * trained,
+        operations=2 * sum(sizes.layers[: layers[-1]]) + 6 * trained + 4 * tied * len(heads),
         commands=(
             f"ee-tuning tune --model {name} --exit-layers {told} --architecture norm{flags} --init fitted --data TEXTS --output runs/exits",
             f"ee-tuning calibrate --model {name} --exits runs/exits/exit_heads --data HELD_OUT --output calibration.json",
@@ -170,8 +219,8 @@ def _own_drafts(model: ModelConfig, sizes: Sizes, name: str) -> Way:
         trained=trained,
         added=trained,
         step=step,
-        speed_ups=tuple(speed_up_by_drafts(share, step) for share in SHARES),
-        operations=2 * sizes.whole + 6 * trained,
+        speed_ups=tuple(speed_up_by_drafts(share, step, sizes.checks) for share in SHARES),
+        operations=2 * sizes.whole + 6 * _num_active(head, model),
         commands=(
             _tune_draft(name, layer),
             f'ee-tuning generate --model {name} --exits runs/draft/exit_heads --policy speculative --prompt "…"',
@@ -209,7 +258,8 @@ def _eagle3(model: ModelConfig, sizes: Sizes, name: str, ttt_steps: int) -> Way:
     head = ExitSpec(layer=model.num_layers, architecture="eagle3", ties_output=False, output_vocab=vocab, draft=spec)
     trained = _num_parameters((head,), model)
     fused = len(spec.aux_layers) * model.hidden_size**2
-    step = (trained - fused) / sizes.whole  # states are fused once per round, for verified tokens
+    unrolled = trained - fused  # states are fused once per round, for verified tokens, and once in training
+    step = unrolled / sizes.whole
     flags = f" --output-vocab {vocab}" if vocab else ""
     return Way(
         name=f"EAGLE-3 head, {vocab or model.vocab_size:,} tokens",
@@ -217,10 +267,10 @@ def _eagle3(model: ModelConfig, sizes: Sizes, name: str, ttt_steps: int) -> Way:
         trained=trained,
         added=trained,
         step=step,
-        speed_ups=tuple(speed_up_by_drafts(share, step) for share in SHARES),
-        operations=2 * sizes.whole + 6 * trained * ttt_steps,
+        speed_ups=tuple(speed_up_by_drafts(share, step, sizes.checks) for share in SHARES),
+        operations=2 * sizes.whole + 6 * (fused + unrolled * ttt_steps),
         commands=(
-            f"ee-tuning tune --model {name} --architecture eagle3{flags} --data ANSWERS --output runs/eagle3",
+            f"ee-tuning tune --model {name} --architecture eagle3{flags} --loss lk --data ANSWERS --output runs/eagle3",
             f"ee-tuning export --format speculators --model {name} --exits runs/eagle3/exit_heads --output eagle3",
             "vllm serve eagle3",
         ),

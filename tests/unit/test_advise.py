@@ -1,5 +1,6 @@
 """What is advised is computed; its arithmetic is checked against a second way to the same numbers."""
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -38,14 +39,17 @@ def test_what_a_token_reads_is_what_transformers_counts():
         assert sizes.whole == layers + stock.lm_head.weight.numel() and sum(sizes.layers) == layers
 
 
-def test_experts_that_are_not_asked_are_not_read():
-    """A mixture of experts that looks as slow as all its weights."""
-    import dataclasses
-
+def mixtral() -> ModelConfig:
+    """Eight experts, two a token, in every layer of the shape of Llama 3.1 8B, which is Mixtral's."""
     dense = model("llama-3.1-8b")
-    mixture = dataclasses.replace(
+    return dataclasses.replace(
         dense, family="mixtral", num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=dense.ffn_hidden_size
     )
+
+
+def test_experts_that_are_not_asked_are_not_read():
+    """A mixture of experts that looks as slow as all its weights."""
+    dense, mixture = model("llama-3.1-8b"), mixtral()
     router, mlp = 8 * dense.hidden_size, 3 * dense.hidden_size * dense.ffn_hidden_size
     assert read_sizes(mixture).layers[0] == read_sizes(dense).layers[0] + mlp + router
 
@@ -62,6 +66,68 @@ def test_speed_ups_are_those_of_simulated_rounds():
     assert speed_up_by_drafts(0.2, 0.3) == 1.0, "no draft is made where none pays"
     assert speed_up_by_threshold(0.5, [0.5, 0.75], 0.1) == pytest.approx(1 / (0.5 * 0.625 + 0.5 * 1.1))
     assert gpu_hours(6e12, 3600, 1000, 0.5) == pytest.approx(6 * 2 / 1000)
+
+
+# Llama 3.1 8B: 32 layers, h = 4096, 32 heads and 8 groups of 128, inner width 14,336, 128,256 tokens.
+H, OUTPUT, MLP = 4096, 128_256 * 4096, 3 * 4096 * 14_336
+ATTENTION = 2 * H * H + 2 * 1024 * H  # queries and output; keys and values of an eighth of 8192 columns
+NORMS = 2 * H
+
+
+def test_tuning_threshold_exits_costs_what_a_hand_computes():
+    """A tied output matrix through which the exits' forward and backward passes are free, and a fit's linear map that
+    is neither trained nor read.
+    """
+    tied, untied, shortlist = ways(model("llama-3.1-8b"), "MODEL", 3)[:3]
+    runs = 2 * 24 * (ATTENTION + MLP + NORMS)
+    mapped = H * H + H  # the linear map of a fit and its bias
+    assert tied.operations == runs + 2 * (6 * (mapped + H) + 4 * OUTPUT)
+    assert untied.operations == runs + 2 * 6 * (H + OUTPUT)
+    assert shortlist.operations == runs + 2 * 6 * (H + (16_384 + 1) * H)
+    assert tied.trained == tied.added == 2 * (mapped + H) and untied.trained == 2 * (H + OUTPUT)
+    whole = 32 * (ATTENTION + MLP + NORMS) + OUTPUT
+    assert tied.step == pytest.approx(2 * (mapped + H + OUTPUT) / whole)
+    assert gpu_hours(tied.operations, 1e8, 989, 0.5) == pytest.approx(0.84, abs=0.005)
+
+
+def test_tuning_drafts_costs_what_a_hand_computes():
+    """A fusing map that is charged for every unrolled step, though it runs once."""
+    exit_, exported, eagle = ways(model("llama-3.1-8b"), "MODEL", 3)[-3:]
+    layer = ATTENTION + MLP + NORMS
+    whole = 32 * layer + OUTPUT
+    assert exit_.operations == exported.operations == 2 * whole + 6 * (layer + H + OUTPUT)
+    fused, qkv = 3 * H * H, 2 * H * (4096 + 2 * 1024)
+    unrolled = qkv + H * H + MLP + 4 * H + 32_000 * H
+    assert eagle.trained == fused + unrolled
+    assert eagle.operations == 2 * whole + 6 * (fused + 3 * unrolled)
+    assert any("--loss lk" in command for command in eagle.commands), "the final head teaches, as its cost says"
+
+
+def test_experts_that_a_token_does_not_ask_cost_nothing_in_tuning():
+    """A `layer` exit of a mixture that is charged for all experts, 3.3 times too much for Mixtral."""
+    exit_, exported = ways(mixtral(), "MODEL", 3)[-3:-1]
+    router = 8 * H
+    active, held = (ATTENTION + router + num_experts * MLP + NORMS for num_experts in (2, 8))
+    whole = 32 * active + OUTPUT
+    assert exit_.operations == exported.operations == 2 * whole + 6 * (active + H + OUTPUT)
+    assert exit_.trained == exit_.added == held + H + OUTPUT, "all experts are kept, and may be tuned"
+    assert exported.added == 5 * held + H + 2 * OUTPUT
+    assert exit_.step == pytest.approx((5 * active + OUTPUT) / whole)
+
+
+def test_the_check_of_drafts_reads_the_experts_of_all_of_them():
+    """Speed-ups of a mixture as if a pass of five tokens read the experts of one."""
+    sizes, dense = read_sizes(mixtral()), read_sizes(model("llama-3.1-8b"))
+    assert dense.checks == (1.0,) * 8
+    assert sizes.experts == 32 * 2 * MLP
+    for num_tokens in (2, 5):
+        drawn = torch.rand(20_000, num_tokens, 8, generator=torch.Generator().manual_seed(0)).topk(2).indices
+        num_read = torch.zeros(20_000, 8).scatter_(1, drawn.flatten(1), 1.0).sum(1).mean().item()
+        expected = (sizes.whole + 32 * (num_read - 2) * MLP) / sizes.whole
+        assert sizes.checks[num_tokens - 2] == pytest.approx(expected, rel=0.01)
+    assert speed_up_by_drafts(0.7, 0.1, (1.5, 1.2)) == pytest.approx((1 + 0.7 + 0.49) / (1.2 + 2 * 0.1))
+    exit_ = ways(mixtral(), "MODEL", 3)[-3]
+    assert exit_.speed_ups[1] == speed_up_by_drafts(0.7, exit_.step, sizes.checks) < speed_up_by_drafts(0.7, exit_.step)
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-2-70b", "qwen2.5-7b", "tiny-python-llama"])
