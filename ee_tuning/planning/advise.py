@@ -1,5 +1,5 @@
-"""Compares methods for faster decoding of a model: the parameters that each adds to an engine, its possible speed, and
-the cost of tuning.
+"""Compares methods for faster decoding of a model: the parameters, keys and values that each adds to an engine, its
+possible speed, and the cost of tuning.
 
 All figures follow from the model's shape by FORMULA. The only free variable is the share of cases in which an exit is
 right, which `tune` (validation's `acceptance`) and `calibrate` measure.
@@ -22,6 +22,8 @@ FORMULA = (
     "pass = parameters that a token reads: layers (of experts, those it is routed to), last norm, output matrix. At small batches "
     "the time of a GPU is the reading of weights; keys and values, launches and sampling are left out, and the experts that tokens "
     "which catch up read besides",
+    "keys and values of a token, added to the model's own = 2 × layers of the drafter × key-value heads × head width: a `layer` exit's one layer, "
+    "all layers of a draft model, an EAGLE-3 head's one; exits by threshold share the model's",
     "step c = parameters that one draft reads ÷ pass; without experts, the least share of right drafts that pays",
     "speed-up by drafts = (1 − a^(k+1)) ÷ (1 − a) ÷ (m + k·c) with the best k of 1 to 8, each draft right with probability a where "
     "those before it are; never below 1, for a draft is not made where it does not pay. m = what the check of k drafts, a pass of k + 1 "
@@ -54,6 +56,8 @@ class Way:
     """Number of tuned parameters."""
     added: int
     """Parameters that the engine holds besides the model's."""
+    cached: int
+    """Elements of keys and values that the engine holds for each token of context besides the model's."""
     step: float
     """See FORMULA."""
     speed_ups: tuple[float, ...]
@@ -178,6 +182,11 @@ def _routed_share(model: ModelConfig) -> float:
     return model.moe_router_topk / model.num_experts if model.num_experts else 1.0
 
 
+def cached_per_token(model: ModelConfig, num_layers: int) -> int:
+    """Returns the elements of keys and values that `num_layers` layers of that shape hold for each token of context."""
+    return 2 * num_layers * model.num_query_groups * model.kv_channels
+
+
 def _threshold(model: ModelConfig, sizes: Sizes, name: str, output: str) -> Way:
     layers = sorted({max(1, round(model.num_layers * part / 4)) for part in (2, 3)})
     heads = [_spec(layer, "norm", output) for layer in layers]
@@ -192,6 +201,7 @@ def _threshold(model: ModelConfig, sizes: Sizes, name: str, output: str) -> Way:
         runs_in="here",
         trained=trained,
         added=trained,
+        cached=0,
         step=step,
         speed_ups=tuple(speed_up_by_threshold(share, until, step) for share in SHARES),
         operations=2 * sum(sizes.layers[: layers[-1]]) + 6 * trained + 4 * tied * len(heads),
@@ -218,6 +228,7 @@ def _own_drafts(model: ModelConfig, sizes: Sizes, name: str) -> Way:
         runs_in="here",
         trained=trained,
         added=trained,
+        cached=cached_per_token(model, 1),
         step=step,
         speed_ups=tuple(speed_up_by_drafts(share, step, sizes.checks) for share in SHARES),
         operations=2 * sizes.whole + 6 * _num_active(head, model),
@@ -237,6 +248,7 @@ def _draft_model(model: ModelConfig, sizes: Sizes, name: str) -> Way:
         runs_in="vLLM, SGLang, TensorRT-LLM",
         trained=own.trained,
         added=parameters_by_part(plain.config)["all"],
+        cached=cached_per_token(plain.config, plain.config.num_layers),
         step=own.step,
         speed_ups=own.speed_ups,
         operations=own.operations,
@@ -266,6 +278,7 @@ def _eagle3(model: ModelConfig, sizes: Sizes, name: str, ttt_steps: int) -> Way:
         runs_in="vLLM, SGLang, here",
         trained=trained,
         added=trained,
+        cached=cached_per_token(spec.layer_config(model), 1),
         step=step,
         speed_ups=tuple(speed_up_by_drafts(share, step, sizes.checks) for share in SHARES),
         operations=2 * sizes.whole + 6 * (fused + unrolled * ttt_steps),

@@ -142,6 +142,17 @@ def test_commands_that_are_told_can_be_typed(name):
                 cli.parse(words)
 
 
+def test_drafters_keep_keys_and_values_of_their_own():
+    """Memory that counts weights alone: with many long requests a drafter's keys and values weigh more. Grouped queries
+    that are counted as keys, and a mixture's EAGLE-3 head that is not.
+    """
+    group = 2 * 8 * 128  # keys and values of 8 groups, each 128 wide
+    for shape in (model("llama-3.1-8b"), mixtral()):
+        *thresholds, exit_, exported, eagle = ways(shape, "MODEL", 3)
+        assert [way.cached for way in thresholds] == [0] * 3
+        assert (exit_.cached, exported.cached, eagle.cached) == (group, 5 * group, group)
+
+
 def test_the_text_and_the_object_tell_the_same(capsys):
     """A table without the formula that it comes from."""
     words = ["advise", "--model", str(EXAMPLES / "llama-3.1-8b"), "--gpu", "a100"]
@@ -152,6 +163,8 @@ def test_the_text_and_the_object_tell_the_same(capsys):
     tree = json.loads(capsys.readouterr().out)
     assert [way["name"] in text for way in tree["ways"]] == [True] * 6
     draft, eagle = tree["ways"][-2:]
+    assert draft["cached_bytes_per_token"] == 20_480 and eagle["cached_bytes_per_token"] == 4096
+    assert tree["cached_bytes_per_token"] == 131_072 and "131,072 bytes per token" in text and " 20,480 " in text
     assert draft["added_bytes"] > 4e9 and eagle["step"] < draft["step"]
 
 
