@@ -28,11 +28,11 @@ class BareTimes:
     """Seconds of the parts of a generation: segment i ends at exit i, the last one at the last layer."""
 
     prefill: list[float]
-    """Per segment, seconds of the prompts."""
+    """Seconds of the prompts, per segment."""
     decode: list[float]
-    """Per segment, seconds of a step of one token per sequence."""
+    """Seconds of a step of one token per sequence, per segment."""
     heads: list[float]
-    """Per exit, seconds of its head for the tokens of a step; the final head's come last."""
+    """Seconds of each exit's head for the tokens of a step; the final head's come last."""
     num_steps: int
 
     def full(self) -> float:

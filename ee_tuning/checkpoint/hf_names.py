@@ -19,7 +19,7 @@ class HFNames:
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
-    """If the three names are equal, that tensor holds all queries, then all keys, then all values."""
+    """Three equal names stand for one tensor, which holds all queries, then all keys, then all values."""
     query_norm: str = "self_attn.q_norm"
     key_norm: str = "self_attn.k_norm"
     attention_output: str = "self_attn.o_proj"

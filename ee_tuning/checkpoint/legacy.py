@@ -60,7 +60,7 @@ class LegacyCheckpoint:
         self.arguments: dict[str, Any] | None = None
         """The arguments that Megatron saved with the model, if any."""
         self.tables: list[dict[str, StoredTensor]] = []
-        """For each tensor-parallel rank: tensors by Megatron-core's names with global layer indices."""
+        """Tensors of each tensor-parallel rank, by Megatron-core's names with global layer indices."""
         for rank in range(self.num_ranks):
             parts = [self._open(files, rank, stage, is_trusted) for stage in range(self.num_stages)]
             if len({len(each) for each in parts}) > 1:

@@ -92,6 +92,6 @@ class RowOutput:
     answers: list[Answer] = field(default_factory=list)
     """Answers about the newest tokens: `num_asked` of them behind the last segment, else one."""
     asked: list[ExitAnswer] = field(default_factory=list)
-    """For rows that speculate: answers of exits before the last segment, in the order in which they came."""
+    """Answers of exits before the last segment, in the order in which they came, for rows that speculate."""
     read_states: Mapping[int, PassStates] = field(default_factory=dict)
     """The step's states behind the layers that a drafting head reads, on the stage of the head; 0 is the embedding."""

@@ -15,7 +15,7 @@ from ee_tuning.notices import say
 from ee_tuning.sampling.policy import FULL, Policy
 
 THRESHOLDS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-"""As in EE-Tuning's figures (arXiv 2402.00518)."""
+"""Default thresholds of a sweep: those of EE-Tuning's figures (arXiv 2402.00518)."""
 
 PointKind = Literal["full", "threshold", "fixed", "speculative", "calibration", "all_layers"]
 """all_layers: the model itself, where full depth is another model's (`--against`)."""

