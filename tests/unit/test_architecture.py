@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 from sources import nodes
 
-PACKAGE = Path(__file__).parents[2] / "ee_tuning"
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "ee_tuning"
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("foreign_content",),
@@ -194,3 +197,45 @@ def test_mathematics_needs_torch_alone(file: str):
                 foreign.add(name.split(".")[0])
     allowed = {"torch", "yaml"}  # yaml is config.py's, which every module may name types of
     assert foreign <= allowed, f"{file} reaches {foreign - allowed}"
+
+
+def test_the_page_names_what_there_is():
+    """A page about files that were renamed, which sends its reader to nothing."""
+    named = set(re.findall(r"`([^` ]+)`", PAGE))
+    paths = {name for name in named if "/" in name or name.endswith((".py", ".h"))}
+    assert len(paths) > 40
+    engine = PACKAGE / "engine"
+    gone = {name for name in paths if not any((folder / name).exists() for folder in (ROOT, PACKAGE, engine))}
+    assert not gone, f"docs/architecture.md names {sorted(gone)}, which do not exist"
+    text = "".join(path.read_text(encoding="utf-8") for path in SOURCES.values())
+    words = {word for name in named - paths for word in re.findall(r"\w+", name)}
+    unknown = {word for word in words if not re.search(rf"\b{word}\b", text)}
+    assert not unknown, f"docs/architecture.md names {sorted(unknown)}, which no source has"
+
+
+def test_the_page_prints_the_calls_of_a_step():
+    """A step that is told by calls which the engine does not make."""
+    told = re.findall(r"[\w.]+", PAGE.split("```")[1])
+    (step,) = (
+        node
+        for node in nodes(SOURCES["ee_tuning.engine.engine"])
+        if isinstance(node, ast.FunctionDef) and node.name == "step"
+    )
+    calls = sorted((node for node in ast.walk(step) if isinstance(node, ast.Call)), key=lambda node: node.lineno)
+    last_line = {ast.unparse(call.func).removeprefix("self."): call.lineno for call in calls}
+    assert len(told) > 3 and set(told) <= set(last_line)
+    assert told == sorted(told, key=lambda name: last_line[name]), "in another order"
+
+
+def test_the_page_lists_the_folders_in_the_order_of_imports():
+    """A table without a folder, or one that says the opposite of the imports."""
+    listed = re.findall(r"^\| `(\w+)/` \|", PAGE, re.MULTILINE)
+    assert sorted(listed) == sorted({room(module) for module in SOURCES if (PACKAGE / room(module)).is_dir()})
+    place = {name: index for index, name in enumerate(listed)}
+    wrong = {
+        f"{room(module)}/ imports {room(name)}/"
+        for module, names in graph().items()
+        for name in names
+        if place.get(room(name), -1) > place.get(room(module), len(listed))
+    }
+    assert not wrong, wrong
