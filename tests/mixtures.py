@@ -26,7 +26,7 @@ from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.sampling.params import SamplingParams
 from ee_tuning.sampling.policy import Policy
-from ee_tuning.sampling.sampling import draw, draw_key, request_key
+from ee_tuning.sampling.sampling import draw, request_key, sample_seed
 
 VOCAB, LAYERS, EOS = 101, 6, 100
 STEMS = [[(7 * i + 3) % VOCAB for i in range(64)], [(11 * i + 5) % VOCAB for i in range(64)]]
@@ -63,7 +63,7 @@ class Subject:
             return (
                 int(scores.argmax())
                 if params.is_greedy
-                else int(draw(scores.softmax(-1), [draw_key(key, len(tokens))]))
+                else int(draw(scores.softmax(-1), [sample_seed(key, len(tokens))]))
             )
 
         return self.plain.decode(

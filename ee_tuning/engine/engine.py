@@ -277,11 +277,11 @@ class Engine:
         vocab, waits = self.model.exit_vocab, sequence.num_output < sequence.params.min_tokens
         if not isinstance(vocab, Shortlist) or (not waits and sequence.grammar is None):
             return False
-        said = vocab.token_ids.cpu()
+        predictable_ids = vocab.token_ids.cpu()
         if waits:
-            said = said[~torch.isin(said, torch.tensor(sorted(sequence.stop_ids)))]
+            predictable_ids = predictable_ids[~torch.isin(predictable_ids, torch.tensor(sorted(sequence.stop_ids)))]
         allowed = sequence.grammar.allowed(sequence.tokens, len(sequence.tokens)) if sequence.grammar else None
-        return not len(said) or (allowed is not None and not bool(allowed[said].any()))
+        return not len(predictable_ids) or (allowed is not None and not bool(allowed[predictable_ids].any()))
 
     def _update(self, finished: Finished) -> list[TokenStep]:
         """Adds the tokens of finished rows to their sequences, and ends the sequences that end with them."""

@@ -67,16 +67,18 @@ class ModelRunner:
     ) -> None:
         """Counts the tokens that another stage computed, as `run` did there."""
         before = [_num_computed(row, numbers) for row in rows]
-        segment_of, going = dict(zip(rows, outputs, strict=True)), list(active)
+        segment_of, still_active = dict(zip(rows, outputs, strict=True)), list(active)
         for number in numbers:
-            if not (going or fills):
+            if not (still_active or fills):
                 break
-            members = [row for row in rows if (row.rides or row in going) and row.sequence.num_pending(number)]
+            members = [row for row in rows if (row.rides or row in still_active) and row.sequence.num_pending(number)]
             for row in members:
                 row.sequence.num_computed[number] = row.sequence.num_arrived(number)
-            asked = [row.sequence for row in going if row.is_asked(number)]
+            asked = [row.sequence for row in still_active if row.is_asked(number)]
             self.heads.follow(number, [row.sequence for row in members], asked)
-            going = [row for row in going if segment_of[row].segment != number and number < row.last_segment]
+            still_active = [
+                row for row in still_active if segment_of[row].segment != number and number < row.last_segment
+            ]
         _count_catch_up(rows, active, outputs, numbers, before)
 
     def hand_over(self, rows: list[RowPlan], boundary: int, states: PassStates | None) -> Tensor:  # [t, (1 + a) h]
@@ -212,10 +214,10 @@ def _count_catch_up(
     rows: list[RowPlan], active: list[RowPlan], outputs: list[RowOutput], numbers: range, before: list[int]
 ) -> None:
     """Counts tokens that left the network, in this step or an earlier one, and were computed deeper."""
-    going = {*active}
+    still_active = {*active}
     for row, output, count in zip(rows, outputs, before, strict=True):
         if row.sequence.speculates:
             continue
         last = min(row.last_segment if output.segment == NOT_EXITED else output.segment, numbers[-1])
-        own = row.num_new * (last + 1 - numbers[0]) if row in going else 0
+        own = row.num_new * (last + 1 - numbers[0]) if row in still_active else 0
         row.sequence.statistics.num_catch_up += _num_computed(row, numbers) - count - own

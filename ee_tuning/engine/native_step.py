@@ -77,12 +77,12 @@ class NativeStage:
     @part("layers and heads (CPU kernels)")
     def run(self, rows: list[RowPlan], active: list[RowPlan], numbers: range, fills: bool) -> list[RowOutput]:
         """See `ModelRunner.run`: states come from the boundary ring, and go there."""
-        going = {*active}
+        still_active = {*active}
         own = frozenset([number for row in rows if row.sequence.own_layers for number in row.sequence.own_layers])
         segments, shape = self._segments_to(max([row.last_segment for row in rows]), own)
-        memory = _StepMemory(rows, going, len(numbers), self._logits_shape)
+        memory = _StepMemory(rows, still_active, len(numbers), self._logits_shape)
         for place, row in enumerate(rows):
-            self._fill_row(self._rows[place], row, row in going, numbers[0], memory, place)
+            self._fill_row(self._rows[place], row, row in still_active, numbers[0], memory, place)
         step = self._step
         step.num_threads, step.num_rows, step.num_segments = torch.get_num_threads(), len(rows), len(segments)
         step.first, step.is_fill, step.segments = numbers[0] - self._first, fills, segments
@@ -177,7 +177,7 @@ class _StepMemory:
     """Memory that the kernels read and write for the rows of a step: one array of each kind for all rows."""
 
     def __init__(
-        self, rows: list[RowPlan], going: Set[RowPlan], num_segments: int, logits_shape: tuple[int, torch.dtype]
+        self, rows: list[RowPlan], still_active: Set[RowPlan], num_segments: int, logits_shape: tuple[int, torch.dtype]
     ):
         """`logits_shape` is (rows of the widest head, number type)."""
         tokens, ends, num_answers = list[int](), list[int](), 0
@@ -186,7 +186,7 @@ class _StepMemory:
         self._drafting_at: list[int | None] = []
         self._drafting_size = 3 * num_segments
         for row in rows:
-            sequence, is_active = row.sequence, row in going
+            sequence, is_active = row.sequence, row in still_active
             tokens += sequence.tokens[sequence.num_computed[0] : sequence.num_scheduled]
             ends += sequence.stop_ids if row.most_drafts else ()
             num_answers += max(row.num_asked + row.most_drafts, 1)

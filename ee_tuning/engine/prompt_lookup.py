@@ -35,7 +35,7 @@ class MatchRecord:
         self.seen[place] = MEMORY * self.seen[place] + 1
         self.right[place] = MEMORY * self.right[place] + was_right
 
-    def odds(self, length: int) -> float:
+    def acceptance_probability(self, length: int) -> float:
         """Returns the probability that the token behind a match of `length` tokens equals the one that followed
         earlier.
         """
@@ -48,7 +48,7 @@ class MatchRecord:
         """
         best, best_rate, expected, share = 0, LEAST_GAIN * rate, 1.0, 1.0
         for count in range(1, most + 1):
-            share *= self.odds(length + count - 1)
+            share *= self.acceptance_probability(length + count - 1)
             expected += share
             if expected > best_rate * seconds(count):
                 best, best_rate = count, expected / seconds(count)

@@ -13,7 +13,7 @@ from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.step_plan import Answer
 from ee_tuning.parallel.time_parts import part
 from ee_tuning.sampling.params import SamplingParams
-from ee_tuning.sampling.sampling import draw, draw_key, warped
+from ee_tuning.sampling.sampling import draw, sample_seed, warped
 
 # v vocabulary, padding left out
 
@@ -102,7 +102,7 @@ def _sample_alike(requests: list[SampleRequest], scores: Tensor) -> list[Answer]
     if params.is_greedy:
         tokens = known.argmax(-1)
     else:
-        tokens = draw(known.exp(), [draw_key(each.sequence.key, each.length) for each in requests])
+        tokens = draw(known.exp(), [sample_seed(each.sequence.key, each.length) for each in requests])
     ids = tokens.tolist()
     if params.logprobs is None:
         return [Answer(each.confidence, token) for each, token in zip(requests, ids, strict=True)]

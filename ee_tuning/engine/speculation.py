@@ -36,7 +36,7 @@ FIRST_CREDIT, MOST_CREDIT, CREDIT_PER_PASS = 1.5, 8.0, 0.02
 """Passes of the full model, for all sequences that decode side by side, that may be spent on trying exits: at first, at
 most, and per pass without trying any. A round of one sequence counts as its share of a pass.
 """
-NEVER_SURE = 2.0
+NEVER_REACHED = 2.0
 """A threshold that no confidence reaches: the exit is asked, and drafts nothing."""
 
 
@@ -44,7 +44,7 @@ class DraftPlan(NamedTuple):
     """The drafting exit, or none."""
 
     exit_layer: int | None = None
-    threshold: float = NEVER_SURE
+    threshold: float = NEVER_REACHED
     most: int = 0
     """Most drafts of a round."""
     rate: float = 0.0
@@ -62,7 +62,9 @@ class ExitRecord:
         """Returns (share of tokens with at least this confidence, probability that one of them is right)."""
         first, total = bisect_right(EDGES, threshold) - 1, sum(self.seen)
         passed = sum(self.seen[first:])
-        return passed / total, sum(n * self._odds(first + i) for i, n in enumerate(self.seen[first:])) / passed
+        return passed / total, sum(
+            n * self._acceptance_probability(first + i) for i, n in enumerate(self.seen[first:])
+        ) / passed
 
     def add(self, confidence: float, was_right: bool) -> None:
         """Counts an answer."""
@@ -72,7 +74,7 @@ class ExitRecord:
         self.seen[place] += 1
         self.right[place] += was_right
 
-    def _odds(self, place: int) -> float:
+    def _acceptance_probability(self, place: int) -> float:
         middle = (EDGES[place] + (*EDGES[1:], 1.0)[place]) / 2
         return (self.right[place] + PRIOR * middle) / (self.seen[place] + PRIOR)
 
@@ -109,7 +111,7 @@ class Speculation:
             thresholds[plan.exit_layer] = plan.threshold
         others = [layer for layer in exits if layer not in thresholds]
         if others and self._is_survey_step() and self.credit >= 1 + self._relative_cost_of_asking(others, num_rows):
-            thresholds |= dict.fromkeys(others, NEVER_SURE)
+            thresholds |= dict.fromkeys(others, NEVER_REACHED)
         if not thresholds:
             self.credit = min(MOST_CREDIT, self.credit + CREDIT_PER_PASS / num_rows)
         drafts = min(plan.most, most) if plan.exit_layer in thresholds else 0

@@ -216,18 +216,18 @@ class _Scorer:
         if self.topology.is_first_stage:
             tokens = torch.tensor([row.tokens + [0] * (length - len(row.tokens)) for row in rows], device=device)
             hidden = self.model.embed(tokens)
-            stays = torch.ones(len(self.policies), len(places), dtype=torch.bool, device=device)
+            remaining = torch.ones(len(self.policies), len(places), dtype=torch.bool, device=device)
         else:
             dtype = self.model.plan.dtype
             hidden = self.link.receive(length * len(rows), width, dtype).view(length, len(rows), width)
-            stays = self.link.receive(len(places), len(self.policies), dtype).T > 0
+            remaining = self.link.receive(len(places), len(self.policies), dtype).T > 0
         hidden, inputs = self.model.run_layers(hidden, through=self._through)
         found = torch.zeros(len(self.policies), len(places), answers.shape[-1], dtype=torch.float64, device=device)
-        self._ask(hidden, inputs, places, labels, stays, found)
+        self._ask(hidden, inputs, places, labels, remaining, found)
         answers[:, torch.tensor([place for row in rows for place in row.answers])] = found.cpu()
         if self.model.plan.last_layer < self._through:
             self.link.send(hidden.flatten(0, 1))
-            self.link.send(stays.T.to(hidden.dtype).contiguous())
+            self.link.send(remaining.T.to(hidden.dtype).contiguous())
 
     def _ask(
         self,
@@ -235,39 +235,39 @@ class _Scorer:
         inputs: dict[int, ExitInput],  # [s, b, h]
         places: Tensor,
         labels: Tensor,
-        stays: Tensor,
+        remaining: Tensor,
         found: Tensor,
     ) -> None:  # [n], [n], [p, n] bool, [p, n, 3 + 2 k]
         """Asks the exits of this stage, shallow to deep, about the positions that have not left under all policies.
-        Positions that leave are cleared in `stays`.
+        Positions that leave are cleared in `remaining`.
         """
         for layer, thresholds in self._asked.items():
-            if not len(going := stays[list(thresholds)].any(0).nonzero()[:, 0]):
+            if not len(active := remaining[list(thresholds)].any(0).nonzero()[:, 0]):
                 continue
             measures = sorted(
                 {self.policies[place].measure for place, threshold in thresholds.items() if threshold is not None}
             )
-            told = self._ask_exit(layer, measures, inputs[layer], places[going], labels[going])
+            scores = self._ask_exit(layer, measures, inputs[layer], places[active], labels[active])
             for place, threshold in thresholds.items():
-                leaves = stays[place, going]
+                leaves = remaining[place, active]
                 if threshold is not None:
-                    leaves = leaves & (told[:, 2 + measures.index(self.policies[place].measure)] >= threshold)
-                self._leave(place, layer, going[leaves], told[leaves], stays, found)
-        if self._ask_final and len(going := stays[self._ask_final].any(0).nonzero()[:, 0]):
-            states = self.model.final_hidden(hidden.flatten(0, 1)[places[going]])
-            told = self._read(states, self.model.backbone.output_layer.weight, self.model.vocab, labels[going], ())
+                    leaves = leaves & (scores[:, 2 + measures.index(self.policies[place].measure)] >= threshold)
+                self._leave(place, layer, active[leaves], scores[leaves], remaining, found)
+        if self._ask_final and len(active := remaining[self._ask_final].any(0).nonzero()[:, 0]):
+            states = self.model.final_hidden(hidden.flatten(0, 1)[places[active]])
+            scores = self._read(states, self.model.backbone.output_layer.weight, self.model.vocab, labels[active], ())
             for place in self._ask_final:
-                leaves = stays[place, going]
-                self._leave(place, self.model.config.num_layers, going[leaves], told[leaves], stays, found)
+                leaves = remaining[place, active]
+                self._leave(place, self.model.config.num_layers, active[leaves], scores[leaves], remaining, found)
 
     def _leave(
-        self, policy: int, layer: int, where: Tensor, told: Tensor, stays: Tensor, found: Tensor
+        self, policy: int, layer: int, where: Tensor, scores: Tensor, remaining: Tensor, found: Tensor
     ) -> None:  # …, [m], [m, 2 + …], …
         """Writes the scores of positions that leave at this layer under a policy."""
         found[policy, where, 0] = layer
-        found[policy, where, 1:3] = told[:, :2]
-        found[policy, where, 3:] = told[:, told.shape[1] - 2 * self._num_top :]
-        stays[policy, where] = False
+        found[policy, where, 1:3] = scores[:, :2]
+        found[policy, where, 3:] = scores[:, scores.shape[1] - 2 * self._num_top :]
+        remaining[policy, where] = False
 
     def _ask_exit(
         self, layer: int, measures: Sequence[Measure], inputs: ExitInput, places: Tensor, labels: Tensor
@@ -294,8 +294,8 @@ class _Scorer:
         likeliest ids and their log-probabilities; float64.
         """
         width = 2 + len(measures) + 2 * self._num_top
-        told = torch.zeros(len(labels), width, dtype=torch.float64, device=hidden.device)
-        for part, states, wanted in zip(told.split(CHUNK), hidden.split(CHUNK), labels.split(CHUNK), strict=True):
+        scores = torch.zeros(len(labels), width, dtype=torch.float64, device=hidden.device)
+        for part, states, wanted in zip(scores.split(CHUNK), hidden.split(CHUNK), labels.split(CHUNK), strict=True):
             logits = F.linear(states, weight)
             part[:, 0] = token_log_probabilities(logits, wanted, vocab)
             part[:, 1] = token_top1(logits, vocab).token_ids == wanted
@@ -304,4 +304,4 @@ class _Scorer:
             if self._num_top:
                 ids, logprobs = token_likeliest(logits, vocab, self._num_top)
                 part[:, 2 + len(measures) :] = torch.cat((ids.double(), logprobs.double()), dim=1)
-        return told
+        return scores

@@ -42,7 +42,7 @@ def request_key(seed: int, prompt: list[int], completion: int = 0) -> int:
     return _digest(f"{seed}:{prompt}:{completion}")
 
 
-def draw_key(request: int, length: int) -> int:
+def sample_seed(request: int, length: int) -> int:
     """Returns the key of the token that follows `length` others of a request."""
     return _digest(f"{request}:{length}")
 

@@ -10,7 +10,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ee_tuning.sampling.sampling import draw, draw_key, request_key, warped
+from ee_tuning.sampling.sampling import draw, request_key, sample_seed, warped
 
 
 def _logits(*shape: int, scale: float = 3.0) -> torch.Tensor:
@@ -50,7 +50,7 @@ def test_the_distribution_is_that_of_transformers(temperature: float, top_k: int
 
 def _keys(seed: int, count: int) -> list[int]:
     request = request_key(seed, [1, 2, 3])
-    return [draw_key(request, place) for place in range(count)]
+    return [sample_seed(request, place) for place in range(count)]
 
 
 @pytest.mark.parametrize("seed", [5, 6])
@@ -90,8 +90,8 @@ def test_a_draw_hangs_on_seed_prompt_completion_and_place_alone() -> None:
         request_key(2, [1, 2]),
         request_key(1, [12]),
         request_key(1, [1, 2], 1),
-        draw_key(1, 2),
-        draw_key(12, 0),
+        sample_seed(1, 2),
+        sample_seed(12, 0),
     }
     assert len(keys) == 6
 
