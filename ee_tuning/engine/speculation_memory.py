@@ -48,7 +48,7 @@ class SpeculationMemory:
             return
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning(
-                "%s is not what speculation kept there, and is made anew: %s",
+                "%s is not a valid record of speculation and is replaced: %s",
                 self.path,
                 str(error).replace("\n", " ")[:200],
             )
@@ -68,7 +68,7 @@ class SpeculationMemory:
             with atomic_file(self.path) as partial:
                 partial.write_text(to_json(tree) + "\n", encoding="utf-8")
         except (OSError, InputError) as error:
-            log.info("what speculation learnt is not kept: %s", error)
+            log.info("records of speculation are not saved: %s", error)
 
     def _read(self, tree: Any, layers: Iterable[int]) -> tuple[dict[int, ExitRecord], MatchRecord]:
         if tree["format"] != FORMAT or tree["key"] != self._key:

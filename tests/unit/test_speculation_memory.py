@@ -80,10 +80,15 @@ def test_what_is_damaged_or_foreign_is_made_anew(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         again = recalled(path)
     assert again.costs == OTHER and again.num_rounds == 0
-    assert "is made anew" in caplog.text and "\n" not in caplog.messages[0]
+    assert (
+        f"{path} is not a valid record of speculation and is replaced: " in caplog.text
+        and "\n" not in caplog.messages[0]
+    )
 
 
-def test_a_folder_that_can_not_be_written_is_no_trouble(tmp_path: Path) -> None:
+def test_a_folder_that_can_not_be_written_is_no_trouble(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A decoding that fails at its end, its tokens lost, for a cache that is full or read-only."""
     (tmp_path / "file").touch()
-    SpeculationMemory(tmp_path / "file" / "kept.json", KEY).keep(learnt())
+    with caplog.at_level(logging.INFO):
+        SpeculationMemory(tmp_path / "file" / "kept.json", KEY).keep(learnt())
+    assert caplog.messages[0].startswith("records of speculation are not saved: ")
