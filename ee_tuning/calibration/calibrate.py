@@ -107,8 +107,11 @@ def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> ExitObservat
     agrees: dict[int, list[Tensor]] = {}
 
     def look(
-        hidden: Tensor, weight: Tensor, vocab: VocabShard, measures: tuple[Measure, ...]
-    ) -> tuple[Tensor, list[Tensor]]:  # [s, 1, h] -> [s], …
+        hidden: Tensor,  # [s, 1, h]
+        weight: Tensor,
+        vocab: VocabShard,
+        measures: tuple[Measure, ...],
+    ) -> tuple[Tensor, list[Tensor]]:  # [s], [s] each
         ids: list[Tensor] = []
         found: list[list[Tensor]] = [[] for _ in measures]
         for part in hidden[:, 0].split(CHUNK):

@@ -101,10 +101,8 @@ def records_of_table(path: Path, packing: str | None) -> Iterator[Record]:
 def _parsed(line: bytes, where: Where) -> Any:
     try:
         return json.loads(line_text(line))
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: broken JSON, broken UTF-8, and numbers of thousands of digits
+    # ValueError: broken JSON, broken UTF-8, and numbers of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{where()}: a line must be one JSON object in UTF-8: {error}; mend or remove the line, or name the file "
             ".json where a record takes several"

@@ -38,9 +38,8 @@ class DecodeLayer:
         if self.has_layer_norm:
             self.input_norm_bias, self.mlp_norm_bias = layer.input_layernorm.bias, layer.pre_mlp_layernorm.bias
         self.is_native = topology.tp == 1 and not layer.is_moe_layer and calls.serves(attention.linear_qkv.weight)
-        self.is_recordable = not layer.is_moe_layer and graphs.is_supported(
-            topology
-        )  # experts query the device for their numbers of tokens
+        # Experts query the device for their numbers of tokens, which no recording can do.
+        self.is_recordable = not layer.is_moe_layer and graphs.is_supported(topology)
         tall = row_major if self.is_native else column_major
         self.qkv, self.qkv_bias = tall(attention.linear_qkv.weight), attention.linear_qkv.bias
         self.proj, self.proj_bias = attention.linear_proj.weight, attention.linear_proj.bias
@@ -91,11 +90,11 @@ class DecodeLayer:
 
     def __call__(
         self,
-        x: Tensor,
+        x: Tensor,  # [t, h]
         cache: LayerCache,
         batch: EagerBatch | CapturedBatch,
         *,
-        keeps: bool = True,  # [t, h]
+        keeps: bool = True,
     ) -> tuple[Tensor, ExitInput]:  # [t, h], …
         """Returns the layer's output, and the input of an `mlp` exit here (computed in any case). Without `keeps`, only
         the output is valid afterwards; `x` is not.

@@ -87,6 +87,6 @@ class BoundaryRing:
 
 
 def _slices(states: PassStates) -> dict[int, tuple[int, Tensor]]:
-    """Yields each row's first position and states."""
+    """Returns each row's first position and states, by the row's `id`."""
     parts = states.hidden.split(states.lengths)
     return {id(row): (start, part) for row, start, part in zip(states.rows, states.starts, parts, strict=True)}

@@ -62,9 +62,8 @@ class ExitRecord:
         """Returns (share of tokens with at least this confidence, probability that one of them is right)."""
         first, total = bisect_right(EDGES, threshold) - 1, sum(self.seen)
         passed = sum(self.seen[first:])
-        return passed / total, sum(
-            n * self._acceptance_probability(first + i) for i, n in enumerate(self.seen[first:])
-        ) / passed
+        right = sum(n * self._acceptance_probability(first + i) for i, n in enumerate(self.seen[first:]))
+        return passed / total, right / passed
 
     def add(self, confidence: float, was_right: bool) -> None:
         """Counts an answer."""

@@ -124,9 +124,8 @@ def _interrupted() -> Iterator[Callable[[], bool]]:
         if len(pressed) > 1:
             raise KeyboardInterrupt
 
-    former = signal.signal(
-        signal.SIGINT, note
-    )  # raised in the middle of a step, it would leave keys and values half written
+    # An interrupt in the middle of a step would leave keys and values half written.
+    former = signal.signal(signal.SIGINT, note)
     try:
         yield lambda: bool(pressed)
     finally:

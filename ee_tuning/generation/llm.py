@@ -354,9 +354,8 @@ class EarlyExitLLM:
             or engine.cache.max_length < longest
             or self._settings != engine_settings(options)
         ):
-            if (
-                engine is not None and engine.cache.max_length < longest
-            ):  # otherwise each turn of a conversation would need a new engine, with an empty cache
+            # Otherwise each turn of a conversation would need a new engine, with an empty cache.
+            if engine is not None and engine.cache.max_length < longest:
                 longest = min(2 * longest, limit)
             engine = None  # before the new caches are made
             engine = self.new_engine(options, num_slots=rows, max_length=longest)

@@ -231,13 +231,13 @@ class _Scorer:
 
     def _ask(
         self,
-        hidden: Tensor,
-        inputs: dict[int, ExitInput],  # [s, b, h]
-        places: Tensor,
-        labels: Tensor,
-        remaining: Tensor,
-        found: Tensor,
-    ) -> None:  # [n], [n], [p, n] bool, [p, n, 3 + 2 k]
+        hidden: Tensor,  # [s, b, h]
+        inputs: dict[int, ExitInput],
+        places: Tensor,  # [n] int64
+        labels: Tensor,  # [n] int64
+        remaining: Tensor,  # [p, n] bool
+        found: Tensor,  # [p, n, 3 + 2 k] float64
+    ) -> None:
         """Asks the exits of this stage, shallow to deep, about the positions that have not left under all policies.
         Positions that leave are cleared in `remaining`.
         """
@@ -261,8 +261,14 @@ class _Scorer:
                 self._leave(place, self.model.config.num_layers, active[leaves], scores[leaves], remaining, found)
 
     def _leave(
-        self, policy: int, layer: int, where: Tensor, scores: Tensor, remaining: Tensor, found: Tensor
-    ) -> None:  # …, [m], [m, 2 + …], …
+        self,
+        policy: int,
+        layer: int,
+        where: Tensor,  # [m] int64: those of the n positions that leave
+        scores: Tensor,  # [m, 2 + measures + 2 k]
+        remaining: Tensor,  # [p, n] bool
+        found: Tensor,  # [p, n, 3 + 2 k] float64
+    ) -> None:
         """Writes the scores of positions that leave at this layer under a policy."""
         found[policy, where, 0] = layer
         found[policy, where, 1:3] = scores[:, :2]
@@ -284,12 +290,12 @@ class _Scorer:
 
     def _read(
         self,
-        hidden: Tensor,
-        weight: Tensor,
-        vocab: VocabShard,  # [n, h], [rows of `vocab`, h]
-        labels: Tensor,
+        hidden: Tensor,  # [n, h]
+        weight: Tensor,  # [rows of `vocab`, h]
+        vocab: VocabShard,
+        labels: Tensor,  # [n] int64
         measures: Sequence[Measure],
-    ) -> Tensor:  # [n] -> [n, 2 + measures + 2 k]
+    ) -> Tensor:  # [n, 2 + measures + 2 k]
         """Returns the label's log-probability, whether it is the likeliest token, the confidence by each measure, the
         likeliest ids and their log-probabilities; float64.
         """

@@ -7,13 +7,13 @@
 
 struct Head {  // W Norm(x), or with an MLP W Norm(residual + MLP(x))
     const void *norm, *norm_bias, *output;
-    MLP mlp;            // fc1 null where there is none
-    int64_t num_ids, num_rows;  // of W, the vocabulary first, then padding
-    const int64_t *token_ids;   // of a shortlist, what each row of W says, the last one any other token; or null
+    MLP mlp;                    // fc1 is null where the head has none
+    int64_t num_ids, num_rows;  // rows of W without padding, and with the padding that follows them
+    const int64_t *token_ids;   // vocabulary id of each row of W; the last row is "any other token"; null without a shortlist
 };
-const double UNSURE = -1;  // the confidence where any other token is likeliest: no threshold is so low
+const double UNSURE = -1;  // confidence where "any other token" is likeliest; it is below every threshold
 
-// A head's logits [t, v], padding included, and of each token the likeliest id and its probability [t, 2], padding left out.
+// Computes a head's logits [t, v], padding included, and the likeliest id and its probability [t, 2], without the padding.
 template <class T>
 void run_head(const Shape &s, const Head &head, int64_t t, int64_t num_threads, const T *x, const T *residual, Real<T> *logits,
               double *top) {

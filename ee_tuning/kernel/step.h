@@ -7,57 +7,57 @@
 #include "heads.h"
 
 struct Segment {
-    const Layer *layers;  // of one array for the stage, so that segments one after the other can run as one
+    const Layer *layers;  // in the one array of the stage's layers, so that neighbouring segments can run as one
     int64_t num_layers;
-    const Layer *own;         // the layer that the head has of its own, or null
-    const Head *head;         // behind the segment; null where there is none
-    int64_t takes_mlp_input;  // whether the head takes what an `mlp` exit does
-    int64_t is_read;          // whether a drafting head reads the states behind it, from the ring
+    const Layer *own;         // the head's own layer; null where it has none
+    const Head *head;         // the head behind the segment; null where there is none
+    int64_t takes_mlp_input;  // whether the head takes the last layer's MLP input and residual, as an `mlp` exit does
+    int64_t is_read;          // whether a drafting head reads the segment's output, from the ring behind it
 };
 
 struct StepRow {
     // in
-    const int64_t *places;     // of the sequence's tokens in every layer's cache, from the first one on
-    int64_t *num_computed;     // [segments] tokens with keys and values there; in and out
-    int64_t *num_own;          // [segments] the same for heads' own layers; -1 where the row never asks; in and out
-    const double *thresholds;  // [segments] confidence from which on the newest token leaves; infinite: not asked
-    const int64_t *tokens;     // the newest num_new ones, in the first stage
-    int64_t num_new, num_arrived;  // num_arrived: tokens at the entrance of the first segment, the new ones included
-    int64_t slot;                  // in the boundary ring
-    int64_t last_segment, num_asked;  // the head behind the last one is asked about the newest num_asked tokens
-    int64_t is_active, rides;         // whether it wants to leave; whether pending tokens of it go deeper with others
-    int64_t most_drafts;              // times that it may go on with a token that an exit drafted
-    const int64_t *ends;              // tokens behind which nothing is drafted
+    const int64_t *places;     // places of the sequence's tokens in every layer's cache, beginning with its first token
+    int64_t *num_computed;     // [segments] tokens that have keys and values in the segment; in and out
+    int64_t *num_own;          // [segments] the same in the head's own layer; -1 where the row never asks that head; in and out
+    const double *thresholds;  // [segments] least confidence at which the newest token leaves; infinite where no head is asked
+    const int64_t *tokens;     // ids of the newest num_new tokens; the first stage embeds them
+    int64_t num_new, num_arrived;  // new tokens; tokens that have arrived at the first segment, the new ones included
+    int64_t slot;                  // the row's slot in the boundary rings
+    int64_t last_segment, num_asked;  // the head behind last_segment is asked about the newest num_asked tokens
+    int64_t is_active, rides;         // whether the row may leave; whether its pending tokens go as deep as other rows do
+    int64_t most_drafts;              // how often the row may go on with a token that an exit drafted
+    const int64_t *ends;              // [num_ends] tokens after which nothing is drafted
     int64_t num_ends;
     // out
-    int64_t segment;   // where it left, or -1
-    int64_t num_exit_answers;  // answers of exits, before the last segment: of all where there is room for them, else none
-    double *exit_answers;  // [., 3] segment, token, probability
-    double *top;       // [num_asked + most_drafts, 2] likeliest token and its probability of the segment where it left
-    void *logits;      // [num_asked, v] there, or null
+    int64_t segment;           // segment behind which the row left; -1 where it did not leave
+    int64_t num_exit_answers;  // answers of exits before last_segment; 0 where exit_answers is null
+    double *exit_answers;      // [num_exit_answers, 3] segment, token and probability of each answer, or null
+    double *top;               // [num_asked + most_drafts, 2] likeliest token and its probability, by the head where the row left
+    void *logits;              // [num_asked, v] logits of the same head, or null
     int64_t num_drafted;
 };
 
 struct Step {
     int64_t num_threads, num_rows, num_segments;
-    int64_t first;    // the segment to begin with
+    int64_t first;    // the segment that the step begins with
     int64_t is_fill;  // whether pending tokens go through all segments, wherever rows leave
-    int64_t reads;    // whether a drafting head reads states of any row
+    int64_t reads;    // whether a drafting head reads any row
     StepRow *rows;
     const Segment *segments;
-    void *const *rings;  // [segments + 1] states in front of each segment, and behind the last one: [slots, capacity, h]; null at the end
+    void *const *rings;  // [segments + 1] rings [slots, capacity, h] of states before each segment and after the last; null at the model's end
     int64_t capacity;
-    const void *cos, *sin, *embedding;  // embedding [v, h], null where states come from the ring
+    const void *cos, *sin, *embedding;  // embedding [v, h]; null where the states of new tokens come from the ring
     // out
     double seconds_in_heads;
 };
 
-// What a step works with: which rows still want to leave, and the tokens of the pass.
+// The loop over a step's segments. `active` holds the rows that have not left yet, `members` the rows of the current pass.
 template <class T> class StepLoop {
     const Shape &s;
     Step &step;
     std::vector<int64_t> active, members;
-    std::vector<Row> pass;  // the members' tokens, in their order
+    std::vector<Row> pass;  // the tokens of each member, in the order of `members`
     T *joined, *hidden, *normed, *residual;
 
     StepRow &row(int64_t r) { return step.rows[r]; }
@@ -88,7 +88,8 @@ template <class T> class StepLoop {
         }
     }
 
-    // The last segment that can run together with this one: no row is asked, read, ends or is pending in between.
+    // Returns the last segment that one pass can run together with this one: up to it no head is asked or has its own layer, no
+    // row ends, no drafting head reads, and no token is pending.
     int64_t run_end(int64_t segment) {
         for (; segment + 1 < step.num_segments; ++segment) {
             if (step.reads && step.segments[segment].is_read) return segment;
@@ -116,7 +117,7 @@ template <class T> class StepLoop {
         }
     }
 
-    // Keeps the states behind a segment of rows that go deeper, now or later, and of those whose head has a layer of its own.
+    // Writes a segment's output to the ring, for rows that go deeper, now or later, and for rows whose head has its own layer.
     void keep(int64_t segment) {
         const T *from = hidden;
         for (size_t m = 0; m < members.size(); ++m) {
@@ -139,7 +140,8 @@ template <class T> class StepLoop {
             for (int64_t i = first; i <= last; ++i) row(members[m]).num_computed[i] = pass[m].start + pass[m].length;
     }
 
-    // What the head takes of the asked rows' newest tokens: the layer of its own runs over all that it lacks first.
+    // Runs the head's own layer over all tokens of the asked rows that it has not computed yet, and writes its output for each
+    // row's newest token to `to` [asked rows, h]. Returns the number of these states.
     int64_t own_states(const Segment &segment, int64_t number, const std::vector<int64_t> &asked, T *to) {
         const int64_t h = s.hidden;
         std::vector<Row> rows;
@@ -254,7 +256,7 @@ template <class T> class StepLoop {
         }
     }
 
-    // A row's own draft becomes its newest token; false where it is none, or the step is to end.
+    // Makes the token that a row's exit drafted the row's newest token. Returns false where there is no draft, or no more are allowed.
     bool feeds_draft(StepRow &each, int64_t *token) {
         if (each.segment < 0 || each.segment == each.last_segment || each.num_drafted == each.most_drafts) return false;
         *token = int64_t(each.top[0]);
@@ -266,7 +268,7 @@ template <class T> class StepLoop {
     std::vector<double> never;
 };
 
-// Rows of several sequences take one step; a row alone goes on with the tokens that an exit drafts for it, until their check.
+// Runs one step. A row that is alone goes on with the tokens that an exit drafts for it, until the final head checks them.
 template <class T> void run_step(const Shape &s, Step &step) {
     StepLoop<T> loop(s, step);
     loop.never.assign(step.num_segments, INFINITY);

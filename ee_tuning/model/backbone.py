@@ -186,9 +186,8 @@ class BackboneStage(nn.Module):
                 tp_group=topology.tp_group,
                 position_embedding_type="rope" if config.position == "rope" else "learned_absolute",
             )
-            cast_parameters(
-                self.embedding, dtype, topology.device
-            )  # Megatron-core creates that of positions on the CPU in float32
+            # Megatron-core creates the embedding of positions on the CPU in float32.
+            cast_parameters(self.embedding, dtype, topology.device)
         layers = nn.ModuleDict()
         for number in range(first_layer, last_layer + 1):
             layers[str(number - 1)] = layer = build_layer(config, topology, number, dtype, cuts_sequence=cuts_sequence)

@@ -60,8 +60,10 @@ class _Tokens(MoEAllGatherTokenDispatcher):
     """The stock dispatcher. In a dry run, without values to choose by, every expert gets the same number of tokens."""
 
     def dispatch_postprocess(
-        self, hidden_states: Tensor, probs: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:  # [t, h], [t, e]
+        self,
+        hidden_states: Tensor,  # [t, h]
+        probs: Tensor,  # [t, e]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the tokens by expert [t · k, h], their number per expert [e], and their weights [t · k]."""
         if not is_fake(hidden_states):
             return super().dispatch_postprocess(hidden_states, probs)

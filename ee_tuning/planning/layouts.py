@@ -55,9 +55,8 @@ def layouts(
     model, parts = sources.config, parameters_by_part(sources.config)
     depth = max(sources.exits.exit_layers, default=0) / model.num_layers if sources.exits else 0.0
     in_layers = parts["all"] - parts["embedding"] - parts["output"]
-    least = (
-        _BYTES.get(config.tuning.backbone_weights, 0.5) * depth * in_layers
-    )  # layers after the last exit may be left out
+    # Layers after the last exit may be left out.
+    least = _BYTES.get(config.tuning.backbone_weights, 0.5) * depth * in_layers
     found = []
     for tp in _divisors(cluster.gpus_per_node) if tensor is None else [tensor]:
         for pp in _divisors(cluster.world_size // tp, model.num_layers) if pipeline is None else [pipeline]:

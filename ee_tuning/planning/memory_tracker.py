@@ -55,9 +55,8 @@ class MemoryTracker(TorchDispatchMode):
         """Tracks operations, on fake tensors, while the context is open."""
         resize = torch.UntypedStorage.resize_
 
-        def resized(
-            storage: Any, size: int
-        ) -> Any:  # fully_shard allocates and frees whole weights in this way, which no operation shows
+        # fully_shard allocates and frees whole weights in this way, which no operation shows.
+        def resized(storage: Any, size: int) -> Any:
             result = resize(storage, size)
             self._note(storage, "heads")
             return result

@@ -138,6 +138,5 @@ def _is_whole(value: object) -> bool:
 def _is_number(value: object) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
-    return (
-        isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    )  # an integer of hundreds of digits is no float
+    # An integer of hundreds of digits is no float.
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63

@@ -43,7 +43,7 @@ def request_key(seed: int, prompt: list[int], completion: int = 0) -> int:
 
 
 def sample_seed(request: int, length: int) -> int:
-    """Returns the key of the token that follows `length` others of a request."""
+    """Returns the seed from which the token that follows `length` others of a request is drawn."""
     return _digest(f"{request}:{length}")
 
 
@@ -65,9 +65,8 @@ def _exponential(keys: list[int], size: int, device: torch.device) -> Tensor:  #
     """Returns a number for each key and place, the same on any device: SplitMix64 (Steele, Lea and Flood 2014) of key +
     place.
     """
-    x = (
-        torch.tensor(keys, device=device)[:, None] + torch.arange(1, size + 1, device=device) * -7046029254386353131
-    )  # wraps around, as intended
+    # The product wraps around, as intended.
+    x = torch.tensor(keys, device=device)[:, None] + torch.arange(1, size + 1, device=device) * -7046029254386353131
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ _shifted(x, shift)) * factor
     x = x ^ _shifted(x, 31)

@@ -75,10 +75,8 @@ def serve(config: Config, settings: ServeSettings) -> None:
         if service.engine_loop.error is not None:
             raise service.engine_loop.error
     else:
-        for ignored in (
-            signal.SIGTERM,
-            signal.SIGINT,
-        ):  # torchrun signals all ranks: rank 0 drains, then stops the others
+        # torchrun signals all ranks: rank 0 drains, then stops the others.
+        for ignored in (signal.SIGTERM, signal.SIGINT):
             signal.signal(ignored, signal.SIG_IGN)
         EngineLoop(CompletionRunner(make_engine(llm, settings, topology), llm.decode, llm.special), topology).run()
     destroy_parallel()

@@ -120,8 +120,7 @@ def harmless(name: str) -> Any:
             return table[name]
     if name in _CARRIED or _CLASS.fullmatch(name) or _NUMPY.fullmatch(name):
         return Inert
-    if match := _SIGNAL.fullmatch(
-        name
-    ):  # Python 3.12 pickles a signal as a name of its module, earlier versions as Signals(number)
+    # Python 3.12 pickles a signal as a name of its module, earlier versions as Signals(number).
+    if match := _SIGNAL.fullmatch(name):
         return Inert if match[1] in ("Signals", "Handlers") else Inert(match[1])
     raise KeyError(name)

@@ -47,9 +47,8 @@ def test_tokens_are_read_once_and_prompts_teach_nothing():
         lookup.read(tokens, len(tokens), 30, record)
     changed = [n for n in range(MOST_LENGTH + 1) if record.seen[n] != MatchRecord().seen[n]]
     assert changed == [27, 28, 29]
-    assert record.acceptance_probability(27) > MatchRecord().acceptance_probability(
-        27
-    ) and record.acceptance_probability(29) < MatchRecord().acceptance_probability(29)
+    assert record.acceptance_probability(27) > MatchRecord().acceptance_probability(27)
+    assert record.acceptance_probability(29) < MatchRecord().acceptance_probability(29)
 
 
 def test_as_many_are_drafted_as_pay():

@@ -65,15 +65,12 @@ class ExitHead(nn.Module):
         for name in self.names:
             self.register_buffer(name.replace(".", "_"), tensors[name], persistent=False)
         self.size, listed = config.vocab_size, config.early_exit.get("token_ids")
-        self.said = (
-            torch.tensor([*listed, self.size]) if listed else None
-        )  # by the rows of its output matrix; the last stands for any other token
-        with torch.device(
-            "meta"
-        ):  # a layer like the model's last one, which lends its code; a head's own transformer layer has
-            layer = type(layers[-1])(
-                config, layer_idx=len(layers) - 1
-            ).eval()  # keys and values of its own, under a number of its own
+        # Token ids of the rows of its output matrix; the last one stands for any other token.
+        self.said = torch.tensor([*listed, self.size]) if listed else None
+        # A layer like the model's last one, which lends its code. A head's own transformer layer has keys and values of
+        # its own, under a number of its own.
+        with torch.device("meta"):
+            layer = type(layers[-1])(config, layer_idx=len(layers) - 1).eval()
         (layer.attn if hasattr(layer, "attn") else layer.self_attn).layer_idx = -number
         norm = layer.ln_1 if hasattr(layer, "ln_1") else layer.input_layernorm
         self.code = {
