@@ -109,6 +109,10 @@ class GgufReader(TensorSource):
         """Returns the dtype of the values: the stored one, or float32, which represents quantized values exactly."""
         return _FLOATS.get(self.stored_type(name), torch.float32)
 
+    def is_quantized(self, name: str) -> bool:
+        """Whether the tensor is stored in blocks of few bits."""
+        return self.stored_type(name) in _QUANTIZED
+
     def stored_type(self, name: str) -> str:
         """Returns GGUF's name of a tensor's storage type. Raises InputError where it is not supported."""
         stored: str = self._tensor(name).tensor_type.name

@@ -21,6 +21,15 @@ def tensor_blocks(source: TensorSource, name: str) -> Iterator[Tensor]:
         yield source.rows(name, row, min(rows, row + step))
 
 
+def paired_blocks(first: tuple[TensorSource, str], second: tuple[TensorSource, str]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the same rows of two tensors of one shape, each as stored, block by block. Their dtypes may differ."""
+    rows, *width = first[0].shape(first[1])
+    step = min(_rows_per_block(width, source.dtype(name)) for source, name in (first, second))
+    for row in range(0, rows, step):
+        stop = min(rows, row + step)
+        yield first[0].rows(first[1], row, stop), second[0].rows(second[1], row, stop)
+
+
 def stored_blocks(file: SafetensorsFile, name: str) -> Iterator[Tensor]:
     """Yields a tensor of one file, of any dtype, block by block."""
     shape = file.entries[name].shape

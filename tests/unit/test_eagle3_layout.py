@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from exits import write_exits
+from gguf_files import Kind, write_gguf
 from random_models import random_model
 from safetensors.torch import load_file, save_file
 
 from ee_tuning.artifact.eagle3_card import eagle3_card
 from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.cli import main
+from ee_tuning.storage import tensor_blocks
 
 LISTED = (0, 3, 5, 20, 49, 60, 100)
 
@@ -197,6 +199,32 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(
     told = capsys.readouterr().err.strip()
     assert "\n" not in told and all(word in told for word in words), told
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("stored", "kind"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16"), (torch.bfloat16, "Q4_0")]
+)
+def test_the_models_own_embedding_is_recognized_in_any_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, kind: str
+) -> None:
+    """Blocks of bytes, which are other rows in another dtype: a right head refused from the second block on. Rounding
+    to 4 bits taken for another embedding.
+    """
+    model = tmp_path / ("model" if kind in ("float32", "bfloat16") else "model.gguf")
+    whole = random_model("llama", tmp_path / "model", hidden_size=64, intermediate_size=96, head_dim=16)
+    if model.suffix:
+        write_gguf(model, whole, kind=Kind[kind])
+    else:
+        whole.to(getattr(torch, kind)).save_pretrained(model)
+    folder = tmp_path / "out"
+    export(model, write_head(model, tmp_path / "head"), folder, "eagle3")
+    monkeypatch.setattr(tensor_blocks, "BLOCK_BYTES", 10 * 64 * 4)
+    own = whole.model.embed_tokens.weight.detach()
+    arguments = ["convert", "--model", str(model), "--eagle3", str(folder), "--output"]
+    for row, code in ((None, 0), (100, 2)):
+        values = own.clone() if row is None else own.index_fill(0, torch.tensor(row), 0.3)
+        change_tensor(folder, "embed_tokens.weight", values.to(stored))
+        assert main([*arguments, str(tmp_path / f"back{row}")]) == code
 
 
 @pytest.mark.parametrize(
