@@ -86,8 +86,10 @@ def read_published_config(raw: Any, path: Path, model: ModelConfig) -> DraftSpec
             "not; give the folder of a published head"
         )
     layer = raw["transformer_layer_config"] if _is_speculators(raw) else raw
-    if isinstance(layer, dict):  # a head does not end texts
-        layer = {"model_type": "llama", **{key: value for key, value in layer.items() if key not in _TOKEN_IDS}}
+    if not isinstance(layer, dict):
+        raise _refusal(path, "transformer_layer_config", "an object", layer)
+    # a head does not end texts
+    layer = {"model_type": "llama", **{key: value for key, value in layer.items() if key not in _TOKEN_IDS}}
     own = model_config_from_hf(layer, path)
     if own.family not in _CLASSES or own.has_qkv_bias or own.num_layers != 1:
         raise InputError(
@@ -96,14 +98,14 @@ def read_published_config(raw: Any, path: Path, model: ModelConfig) -> DraftSpec
         )
     for key, theirs, ours in (
         ("hidden_size", own.hidden_size, model.hidden_size),
-        ("target_hidden_size", raw.get("target_hidden_size") or model.hidden_size, model.hidden_size),
+        ("target_hidden_size", raw.get("target_hidden_size"), model.hidden_size),
         ("vocab_size", own.vocab_size, model.vocab_size),
     ):
-        if theirs != ours:
+        if theirs is not None and theirs != ours:
             raise InputError(
-                f"{path}: {key} must be the model's {ours}, got {theirs}; the head was made for another model, give that one"
+                f"{path}: {key} must be the model's {ours}, got {theirs!r:.60}; the head was made for another model, give that one"
             )
-    draft = DraftSpec(
+    return DraftSpec(
         family="qwen3" if own.family == "qwen3" else "llama",
         aux_layers=_aux_layers(raw, path, model.num_layers),
         ffn_hidden_size=own.ffn_hidden_size,
@@ -112,9 +114,8 @@ def read_published_config(raw: Any, path: Path, model: ModelConfig) -> DraftSpec
         kv_channels=own.kv_channels,
         norm_epsilon=own.norm_epsilon,
         rope=own.rope,
-        **{name: _variant(raw, name) for name in _VARIANTS},
+        **{name: _variant(raw, path, name) for name in _VARIANTS},
     )
-    return draft
 
 
 def _is_speculators(raw: dict[str, Any]) -> bool:
@@ -126,27 +127,55 @@ def _is_eagle3(raw: dict[str, Any]) -> bool:
     return isinstance(names, list) and any("eagle3" in str(name).lower() for name in names)
 
 
-def _variant(raw: dict[str, Any], name: str) -> bool:
+def _variant(raw: dict[str, Any], path: Path, name: str) -> bool:
     # A missing norm_before_residual of speculators means true to vLLM, and false to speculators itself.
-    config = raw.get("eagle_config") or {}
-    return bool(config.get(name, raw.get(name, False)))
+    found = _truth(_eagle_config(raw, path), path, name)
+    return bool(_truth(raw, path, name) if found is None else found)
 
 
 def _aux_layers(raw: dict[str, Any], path: Path, num_layers: int) -> tuple[int, ...]:
-    config = raw.get("eagle_config") or {}
-    if config.get("use_aux_hidden_state") is False:
+    config = _eagle_config(raw, path)
+    if _truth(config, path, "use_aux_hidden_state") is False:
         raise InputError(f"{path}: use_aux_hidden_state must be true, got false; such heads are not supported")
-    found = raw.get(_IDS)
-    if not found and config.get(_IDS):
-        found = [layer + 1 for layer in config[_IDS]]
-    layers = tuple(found or default_aux_layers(num_layers))
-    if not all(type(layer) is int for layer in layers):
-        raise InputError(f"{path}: {_IDS} must be layer numbers, got {found!r}")
+    layers = (
+        _whole_numbers(raw, path)
+        or tuple(layer + 1 for layer in _whole_numbers(config, path))
+        or default_aux_layers(num_layers)
+    )
     try:
         check_aux_layers(layers, num_layers)
     except InputError as error:
         raise InputError(
             f"{path}: {_IDS} must be layers of the model, which has {num_layers}, in increasing order, got "
-            f"{', '.join(map(str, layers))}; the head was made for another model"
+            f"{list(layers)!r:.60}; the head was made for another model"
         ) from error
     return layers
+
+
+def _eagle_config(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    found = raw.get("eagle_config")
+    if found is not None and not isinstance(found, dict):
+        raise _refusal(path, "eagle_config", "an object", found)
+    return found or {}
+
+
+def _truth(tree: dict[str, Any], path: Path, key: str) -> bool | None:
+    value = tree.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise _refusal(path, key, "true or false", value)
+    return value
+
+
+def _whole_numbers(tree: dict[str, Any], path: Path) -> tuple[int, ...]:
+    value = tree.get(_IDS)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(type(layer) is int for layer in value):
+        raise _refusal(path, _IDS, "a list of layer numbers", value)
+    return tuple(value)
+
+
+def _refusal(path: Path, key: str, rule: str, value: object) -> InputError:
+    return InputError(
+        f"{path}: {key} must be {rule}, got {value!r:.60}; fetch the head's config.json again, or mend it"
+    )

@@ -15,6 +15,10 @@ from safetensors.torch import load_file, save_file
 from ee_tuning.artifact.eagle3_card import eagle3_card
 from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.cli import main
+from ee_tuning.errors import InputError
+from ee_tuning.export.eagle3_layout import Layout, published_config, read_published_config
+from ee_tuning.model.draft_spec import draft_spec
+from ee_tuning.model_config.config import read_model_config
 from ee_tuning.storage import tensor_blocks
 
 LISTED = (0, 3, 5, 20, 49, 60, 100)
@@ -199,6 +203,46 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(
     told = capsys.readouterr().err.strip()
     assert "\n" not in told and all(word in told for word in words), told
     assert not (tmp_path / "back").exists()
+
+
+NO_OBJECT = ("yes", "", 5, 0, True, False, [], [1], 1e308)
+NO_TRUTH = ("no", "", 1, 0, -1, [], [True], {}, {"a": 1})
+NO_LAYERS = (5, 0, -1, 10**30, 2.5, True, False, "5", "", {}, {"2": 3}, ["a"], [None], [True, 3], [1.0, 3.0], [[1]])
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "speculators"])
+@pytest.mark.parametrize(
+    ("key", "within", "values"),
+    [
+        ("eagle_config", "", NO_OBJECT),
+        ("use_aux_hidden_state", "eagle_config", NO_TRUTH),
+        ("norm_before_residual", "", NO_TRUTH),
+        ("norm_before_residual", "eagle_config", NO_TRUTH),
+        ("fc_norm", "", NO_TRUTH),
+        ("eagle_aux_hidden_state_layer_ids", "", NO_LAYERS),
+        ("eagle_aux_hidden_state_layer_ids", "eagle_config", NO_LAYERS),
+        ("target_hidden_size", "", ("48", "", 0, -48, True, False, 10**30, [48], {})),
+        ("transformer_layer_config", "", (None, "llama", 5, True, [1], [])),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_refused_by_its_key(
+    model: Path, layout: Layout, key: str, within: str, values: tuple[Any, ...]
+) -> None:
+    """A traceback for a published head's config.json; a word that is taken for true, or nothing for a default."""
+    config, path = read_model_config(model), Path("head") / "config.json"
+    draft = draft_spec(config, (1, 3, 5))
+    right = published_config(draft, config, layout, draft_vocab_size=7, verifier="org/model", num_steps=3)
+    assert read_published_config({**right, "eagle_config": None, "target_hidden_size": None}, path, config) == draft
+    if key == "transformer_layer_config" and layout == "eagle3":
+        return
+    for value in values:
+        tree = {**right, within: {key: value}} if within else {**right, key: value}
+        if within and key.endswith("ids"):
+            tree[key] = None
+        with pytest.raises(InputError) as error:
+            read_published_config(tree, path, config)
+        told = str(error.value)
+        assert told.startswith(f"{path}: {key} must be ") and f"{value!r:.60}; " in told and len(told) < 300, told
 
 
 @pytest.mark.parametrize(
