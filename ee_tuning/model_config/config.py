@@ -8,7 +8,14 @@ from typing import Any, Literal
 
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
-from ee_tuning.model_config.families import Family, family_fields, positive_number, with_llama_keys
+from ee_tuning.model_config.families import (
+    Family,
+    family_fields,
+    optional_number,
+    positive_number,
+    real_number,
+    with_llama_keys,
+)
 from ee_tuning.model_config.quantized_checkpoint import refuse_quantized
 from ee_tuning.model_config.token_ids import end_token_ids, single_token_id
 from ee_tuning.notices import warn_once
@@ -230,14 +237,14 @@ def _from_object(raw: dict[str, Any], path: Path) -> ModelConfig:
         num_layers=positive_number(raw, "num_hidden_layers", path),
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_query_groups=int(raw.get("num_key_value_heads") or heads),
-        kv_channels=int(raw.get("head_dim") or hidden // heads),
+        num_query_groups=optional_number(raw, "num_key_value_heads", path) or heads,
+        kv_channels=optional_number(raw, "head_dim", path) or hidden // heads,
         vocab_size=vocabulary,
         max_position_embeddings=max_positions,
-        norm_epsilon=float(raw.get("rms_norm_eps", 1e-6)),
+        norm_epsilon=real_number(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", path),
         rope=_rope(raw, max_positions, path),
         ties_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        init_std=float(raw.get("initializer_range", 0.02)),
+        init_std=real_number(raw.get("initializer_range", 0.02), "initializer_range", path),
         stored_dtype=dtype,
         eos_token_ids=end_token_ids(raw, vocabulary, path),
         bos_token_id=single_token_id(raw, "bos_token_id", vocabulary, path),
@@ -251,7 +258,8 @@ def _rope(raw: dict[str, Any], max_positions: int, path: Path) -> RopeConfig:
     kind = "longrope" if kind == "su" else kind  # its former name
     if kind not in ("default", "linear", "llama3", "yarn", "dynamic", "longrope"):
         raise InputError(f"{path}: rope scaling must be default, linear, llama3, yarn, dynamic or longrope, got {kind}")
-    theta = float(fields.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    theta = fields.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    theta = real_number(theta, "rope_theta", path, is_positive=True)
     if kind == "default":
         return RopeConfig(theta=theta)
     missing = [
@@ -267,46 +275,53 @@ def _rope(raw: dict[str, Any], max_positions: int, path: Path) -> RopeConfig:
     ]
     if missing:
         raise InputError(f"{path}: rope scaling {kind} needs {', '.join(missing)}")
-    original = int(
-        fields.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings") or max_positions
-    )
+    key = "original_max_position_embeddings"
+    original = positive_number({key: fields.get(key) or raw.get(key) or max_positions}, key, path)
     has_factor = kind not in ("yarn", "longrope") or fields.get("factor") is not None
-    factor = float(fields["factor"]) if has_factor else max_positions / original
+    factor = real_number(fields["factor"], "factor", path, is_positive=True) if has_factor else max_positions / original
     return RopeConfig(
         kind=kind,
         theta=theta,
         factor=factor,
         original_max_position_embeddings=original,
-        low_freq_factor=float(fields.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(fields.get("high_freq_factor", 4.0)),
-        beta_fast=float(fields.get("beta_fast") or 32.0),
-        beta_slow=float(fields.get("beta_slow") or 1.0),
+        low_freq_factor=real_number(fields.get("low_freq_factor", 1.0), "low_freq_factor", path),
+        high_freq_factor=real_number(fields.get("high_freq_factor", 4.0), "high_freq_factor", path),
+        beta_fast=real_number(fields.get("beta_fast") or 32.0, "beta_fast", path),
+        beta_slow=real_number(fields.get("beta_slow") or 1.0, "beta_slow", path),
         truncate=bool(fields.get("truncate", True)),
         attention_factor={"yarn": _yarn_attention_factor, "longrope": _longrope_attention_factor}[kind](
-            fields, factor, original
+            fields, factor, original, path
         )
         if kind in ("yarn", "longrope")
         else 1.0,
-        short_factor=tuple(map(float, fields["short_factor"])) if kind == "longrope" else (),
-        long_factor=tuple(map(float, fields["long_factor"])) if kind == "longrope" else (),
+        short_factor=_factors(fields, "short_factor", path) if kind == "longrope" else (),
+        long_factor=_factors(fields, "long_factor", path) if kind == "longrope" else (),
     )
 
 
-def _longrope_attention_factor(fields: dict[str, Any], factor: float, original: int) -> float:
+def _factors(fields: dict[str, Any], key: str, path: Path) -> tuple[float, ...]:
+    values = fields[key]
+    if not isinstance(values, list):
+        raise InputError(f"{path}: {key} must be a list of numbers, got {values!r:.60}; fetch the model's own file")
+    return tuple(real_number(value, key, path) for value in values)
+
+
+def _longrope_attention_factor(fields: dict[str, Any], factor: float, original: int, path: Path) -> float:
     """Returns the factor of section 4.2 of arXiv 2402.13753."""
     if fields.get("attention_factor") is not None:
-        return float(fields["attention_factor"])
+        return real_number(fields["attention_factor"], "attention_factor", path)
     return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
 
 
-def _yarn_attention_factor(fields: dict[str, Any], factor: float, _: int) -> float:
+def _yarn_attention_factor(fields: dict[str, Any], factor: float, _: int, path: Path) -> float:
     """Returns the factor of section 3.4 of arXiv 2309.00071, in DeepSeek's two-sided form where a config has it."""
 
     def scale(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if fields.get("attention_factor") is not None:
-        return float(fields["attention_factor"])
+        return real_number(fields["attention_factor"], "attention_factor", path)
     if fields.get("mscale") and fields.get("mscale_all_dim"):
-        return scale(fields["mscale"]) / scale(fields["mscale_all_dim"])
+        first, second = (scale(real_number(fields[key], key, path)) for key in ("mscale", "mscale_all_dim"))
+        return first / second
     return scale(1.0)

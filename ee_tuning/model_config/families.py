@@ -3,6 +3,8 @@
 A family is data: its config.json keys under Llama's names, its defaults, and the fields of ModelConfig that it sets.
 """
 
+import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +110,9 @@ def with_llama_keys(raw: dict[str, Any], path: Path) -> dict[str, Any]:
                 f"{path}: num_experts = {raw['num_experts']} and num_local_experts = {raw['num_local_experts']} must be the "
                 "same; leave one of them out"
             )
+    for key in ("rope_parameters", "rope_scaling"):
+        if full.get(key) is not None and not isinstance(full[key], dict):
+            raise InputError(f"{path}: {key} must be an object, got {full[key]!r:.60}; fetch the model's own file")
     for key, allowed in _ALLOWED[family].items():
         value = (full.get("rope_parameters") or {}).get(key, full.get(key))
         if value not in allowed:
@@ -180,6 +185,8 @@ def _dense_layers(spelled: dict[str, Any], path: Path) -> tuple[int, ...]:
 _COUNTED = ("num_hidden_layers", "num_layers", "num_local_experts", "num_experts")
 MOST_COUNTED = 100_000
 """Most layers, and experts of a layer."""
+_MOST = 1 << 40
+"""More than any other size of a model: numbers of bytes made of it are still ones that files and tensors can have."""
 
 
 def fixed_fields(family: Family) -> dict[str, Any]:
@@ -192,8 +199,27 @@ def positive_number(raw: dict[str, Any], key: str, path: Path) -> int:
     value = raw.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"{path}: {key} must be a positive whole number, got {value!r:.60}")
+    if value > _MOST:
+        raise InputError(f"{path}: {key} must be at most {_MOST:,}, got {value!r:.60}; fetch the model's own file")
     check_count(key, value, path)
     return value
+
+
+def optional_number(raw: dict[str, Any], key: str, path: Path) -> int | None:
+    """Returns `raw[key]`, or None where it is missing or null. Raises like `positive_number`."""
+    return None if raw.get(key) is None else positive_number(raw, key, path)
+
+
+def real_number(value: Any, key: str, path: Path, *, is_positive: bool = False) -> float:
+    """Returns the value of `key` as a float. Raises InputError where it is none from 0 on, or above 0."""
+    number = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            number = float(value)  # YAML reads 1e-5 as a text
+    if not 0 <= number < math.inf or (is_positive and not number):
+        rule = "above 0" if is_positive else "from 0 on"
+        raise InputError(f"{path}: {key} must be a number {rule}, got {value!r:.60}; fetch the model's own file")
+    return number
 
 
 def check_count(key: str, value: int, path: Path) -> None:

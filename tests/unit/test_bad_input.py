@@ -1,17 +1,19 @@
 """Bad input ends in one line that names rule, value and remedy, and leaves nothing half-written."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 from exits import write_exits
-from random_models import random_llama
+from random_models import LLAMA_SHAPE, random_llama
 
 from ee_tuning.artifact.convert import convert
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.model_config.config import model_config_from_hf
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning.command import tune_within
 
@@ -114,6 +116,42 @@ def test_a_config_that_makes_no_sense_is_refused_by_its_file(shared, tmp_path, c
         convert(load_config(None, {"model.path": str(model), "exits.exit_layers": [2]}), tmp_path / "out")
     assert "config.json" in complaint(error)
     assert not (tmp_path / "out").exists()
+
+
+NO_SIZE = (0, -2, True, 2.5, 10**30, "2", [2], {})
+NO_NUMBER = (-1.0, True, math.inf, math.nan, 10**400, "small", [1.0], {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "values"),
+    [
+        ("num_key_value_heads", None, NO_SIZE),
+        ("head_dim", None, NO_SIZE),
+        ("intermediate_size", None, NO_SIZE),
+        ("rms_norm_eps", None, NO_NUMBER),
+        ("initializer_range", None, NO_NUMBER),
+        ("rope_parameters", None, (True, 5, "default", [1])),
+        ("rope_scaling", None, (True, 5, "default", [1])),
+        ("rope_theta", "default", NO_NUMBER),
+        ("factor", "linear", (*NO_NUMBER, 0)),
+        ("original_max_position_embeddings", "yarn", (-2, True, 0.5, 10**30, "2", [2])),
+        ("beta_fast", "yarn", NO_NUMBER),
+        ("attention_factor", "yarn", NO_NUMBER),
+        ("high_freq_factor", "llama3", NO_NUMBER),
+        ("short_factor", "longrope", (5, "ab", [1.0, "x"], [-1.0])),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_refused_by_its_key(key, kind, values):
+    """A message about Python's types that names no key; a head's width of 2.5, or less than no heads, taken as such."""
+    rope = {"rope_type": kind, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
+    lists = {"short_factor": [1.0] * 5, "long_factor": [1.0] * 5}
+    right = {**LLAMA_SHAPE, "model_type": "llama", "rope_parameters": {**rope, **lists} if kind else None}
+    model_config_from_hf(right, Path("config.json"))
+    for value in values:
+        changed = {"rope_parameters": {**right["rope_parameters"], key: value}} if kind else {key: value}
+        with pytest.raises(InputError) as error:
+            model_config_from_hf({**right, **changed}, Path("config.json"))
+        assert f"config.json: {key} must be " in complaint(error) and len(complaint(error)) < 200, complaint(error)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "header", "missing"])
