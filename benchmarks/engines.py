@@ -25,14 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from ee_tuning import EarlyExitLLM, cli
+from ee_tuning.artifact.tried_engines import TRIED
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.errors import InputError
-from ee_tuning.export.draft_card import NUM_DRAFTS, TRIED
+from ee_tuning.export.draft_card import NUM_DRAFTS
 from ee_tuning.model_config.config import read_model_config
 
 BATCHES = (1, 8)
-VERSION = TRIED["vLLM"].partition(" ")[0]
+VERSION = TRIED["vLLM"].version.partition(" ")[0]
 RUNS = Path(__file__).parent / "vllm_runs.py"
 CHATS = (
     "What is the difference between a virus and a bacterium?",

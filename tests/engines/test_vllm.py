@@ -22,12 +22,13 @@ from rich.console import Console
 
 from ee_tuning import cli
 from ee_tuning.artifact.load import load_for_generation
+from ee_tuning.artifact.tried_engines import TRIED
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.demo.demo_model import smollm2
 from ee_tuning.evaluation.acceptance import Acceptance, acceptance, agreement
-from ee_tuning.export.draft_card import NUM_DRAFTS, TRIED
+from ee_tuning.export.draft_card import NUM_DRAFTS
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.sampling.params import SamplingParams
@@ -109,7 +110,7 @@ def engines(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         done = subprocess.run(command, stdout=log, stderr=log, env=environment())
     assert done.returncode == 0, (folder / "vllm.log").read_text()[-3000:]
     answer = json.loads((folder / "answer.json").read_text())
-    tried = TRIED["vLLM"].partition(" ")[0]
+    tried = TRIED["vLLM"].version.partition(" ")[0]
     assert answer["vllm"].startswith(tried), f"these claims are of vLLM {tried}, and this is {answer['vllm']}"
     runs: dict[str, Any] = answer["runs"]
     return runs

@@ -12,9 +12,9 @@ from random_models import WITH_EXPERTS, random_llama, random_model
 from safetensors.torch import load_file, save_file
 
 from ee_tuning import cli
+from ee_tuning.artifact.tried_engines import TRIED
 from ee_tuning.export import export_draft
 from ee_tuning.export.check import exit_logits
-from ee_tuning.export.draft_card import TRIED
 from ee_tuning.storage.manifest import write_manifest
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
@@ -137,9 +137,31 @@ def test_the_card_tells_what_was_tried(llama, tmp_path):
     """Commands for engines that nobody has run, without a word of it."""
     export("--model", llama / "model", "--exits", llama / "exits", "--exit", 2, "--output", tmp_path / "draft")
     card = (tmp_path / "draft" / "README.md").read_text()
-    for word in ("draft_model", "STANDALONE", "Draft_Target", "draft-simple", "assistant_model", *TRIED.values()):
+    versions = [tried.version for tried in TRIED.values()]
+    for word in ("draft_model", "STANDALONE", "Draft_Target", "draft-simple", "assistant_model", *versions):
         assert word in card
     assert card.count("Not tried") == 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen2"])
+def test_the_card_claims_no_engine_for_a_family_that_was_not_tried_there(tmp_path, family):
+    """A GPT-2 that is said to have drafted in vLLM, because a Llama has."""
+    random_model(family, tmp_path / "model")
+    exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture="norm")
+    for kind in ("draft", "pruned"):
+        export("--model", tmp_path / "model", "--exits", exits, "--exit", 2, "--output", tmp_path / kind, kind=kind)
+        card = (tmp_path / kind / "README.md").read_text()
+        assert f"Tried with transformers {TRIED['transformers'].version}." in card
+        assert "Tried with vLLM" not in card and "Tried with llama.cpp" not in card
+        assert card.count(f"Not tried with a `{family}`") == 2
+
+
+def test_a_folder_that_never_served_by_itself_says_so(llama, tmp_path):
+    """`vllm serve THIS_FOLDER`, said to be tried because a draft of the same files was."""
+    words = ("--model", llama / "model", "--exits", llama / "exits", "--exit", 2, "--output", tmp_path / "pruned")
+    export(*words, kind="pruned")
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert "Not tried by itself. The same files as a draft: Tried with vLLM" in card
 
 
 def test_a_megatron_checkpoint_makes_the_same_draft(llama, tmp_path):

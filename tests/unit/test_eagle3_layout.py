@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ee_tuning.artifact.eagle3_card import eagle3_card
 from ee_tuning.artifact.exit_heads import ExitHeadsReader
+from ee_tuning.artifact.tried_engines import TRIED
 from ee_tuning.cli import main
 from ee_tuning.errors import InputError
 from ee_tuning.export.eagle3_layout import Layout, published_config, read_published_config
@@ -114,20 +115,32 @@ def test_a_head_comes_back_as_it_was_exported(tmp_path: Path, family: str, layou
         assert other.config.token_ids == LISTED and other.config.init == "published"
 
 
+def facts(family: str = "llama", **draft: bool) -> dict[str, Any]:
+    """What a card reads of exit_config.json."""
+    shared = {"dtype": "float32", "init": "copy", "seed": 1, "tuned": None}
+    return {**shared, "model_shape": {"family": family}, "draft": {"aux_layers": [1, 3, 5], **draft}}
+
+
 @pytest.mark.parametrize("variant", ["", "fc_norm", "norm_output"])
 def test_the_card_has_llama_cpp_only_for_heads_that_it_computes(variant: str) -> None:
     """A command whose converter leaves a norm out: the drafts of another head, and none of them accepted."""
-    exits = {
-        "draft": {"aux_layers": [1, 3, 5], variant: True},
-        "dtype": "float32",
-        "init": "copy",
-        "seed": 1,
-        "tuned": None,
-    }
+    exits = facts(**({variant: True} if variant else {}))
     for layout in ("eagle3", "speculators"):
         card = eagle3_card("org/model", exits, layout, 3)
         assert ("--target-model-dir org/model" in card) == ("--spec-type draft-eagle3" in card) == (not variant)
         assert ("does not compute" in card) == bool(variant)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+def test_the_card_tells_what_was_tried(family: str) -> None:
+    """Commands that nobody has run, for SGLang or with a family other than Llama, without a word of it."""
+    for layout in ("eagle3", "speculators"):
+        card = eagle3_card("org/model", facts(family), layout, 3)
+        for engine in ("vLLM", "llama.cpp"):
+            assert (f"Tried with {engine} {TRIED[engine].version}." in card) == (family == "llama")
+        assert card.count(f"Not tried with a `{family}`") == (0 if family == "llama" else 2)
+        assert ("Not tried; the flags were read in the source of SGLang" in card) == ("sglang" in card)
+        assert ("Not tried by itself." in card) == (layout == "speculators")
 
 
 def test_a_tied_output_matrix_is_left_to_the_engine(model: Path, tmp_path: Path) -> None:
