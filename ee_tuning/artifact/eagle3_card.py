@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ee_tuning.artifact.tried_engines import tried_text
-from ee_tuning.checkpoint.model_card import origin_text, shell_word, vocab_text
+from ee_tuning.checkpoint.model_card import engine_model, origin_text, shell_word, vocab_text
 from ee_tuning.json_file import to_json
 
 
@@ -26,10 +26,12 @@ def eagle3_artifact_card(exits: Mapping[str, Any]) -> str:
     )
 
 
-def eagle3_card(name: str, exits: Mapping[str, Any], layout: str, num_steps: int) -> str:
-    """Returns the card of an export in `layout`, with commands for engines that draft `num_steps` tokens."""
+def eagle3_card(name: str, exits: Mapping[str, Any], layout: str, num_steps: int, merging: str = "") -> str:
+    """Returns the card of an export in `layout`, with commands for engines that draft `num_steps` tokens. `merging` is
+    `ExportSource.merging`.
+    """
     name = " ".join(name.split())
-    word, family = shell_word(name), exits["model_shape"]["family"]
+    (word, what), family = engine_model(name, merging), exits["model_shape"]["family"]
     vllm = to_json({"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": num_steps})
     sglang = [
         "```bash",
@@ -48,6 +50,8 @@ def eagle3_card(name: str, exits: Mapping[str, Any], layout: str, num_steps: int
         "The model's path or name is in config.json (`verifier`). Not tried by itself.",
     ]
     commands = [
+        f"{what}; `THIS_FOLDER` is this one.",
+        "",
         "```bash",
         f"vllm serve {word} --speculative-config '{vllm}'",
         "```",

@@ -5,6 +5,8 @@ from typing import Any
 
 from ee_tuning.json_file import to_json
 
+MODEL_FOLDER = "MODEL_FOLDER"
+"""Stands in commands for the folder of a model whose name is no word of a command."""
 TRANSFORMERS_LINES = (
     "```python",
     "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -133,9 +135,19 @@ def front_matter(name: str, library: str, *tags: str) -> list[str]:
     ]
 
 
-def shell_word(name: str) -> str:
+def shell_word(name: str, otherwise: str = MODEL_FOLDER) -> str:
     """Returns a model's name as a word of a command."""
-    return name if all(c.isalnum() or c in "-_./" for c in name) else "MODEL_FOLDER"
+    return name if all(c.isalnum() or c in "-_./" for c in name) else otherwise
+
+
+def engine_model(name: str, merging: str) -> tuple[str, str]:
+    """Returns the word for the model in commands for engines, and what it is: the folder of `name`, or the one that the
+    command `merging` writes.
+    """
+    if not merging:
+        word = shell_word(name)
+        return word, f"`{word}` below is the folder of {name}"
+    return MODEL_FOLDER, f"`{MODEL_FOLDER}` below is {name} as engines load it: `{merging}`"
 
 
 def exit_origin(layer: int, exits: Mapping[str, Any]) -> str:

@@ -4,7 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ee_tuning.artifact.tried_engines import tried_text
-from ee_tuning.checkpoint.model_card import TRANSFORMERS_LINES, architecture_text, exit_origin, front_matter, shell_word
+from ee_tuning.checkpoint.model_card import (
+    TRANSFORMERS_LINES,
+    architecture_text,
+    engine_model,
+    exit_origin,
+    front_matter,
+)
 from ee_tuning.export.plain_exit import PlainExit
 from ee_tuning.json_file import to_json
 
@@ -13,13 +19,19 @@ NUM_DRAFTS = 4
 
 
 def draft_card(
-    name: str, plain: PlainExit, exits: Mapping[str, Any], num_layers: int, *, is_nearly: bool = False
+    name: str,
+    plain: PlainExit,
+    exits: Mapping[str, Any],
+    num_layers: int,
+    *,
+    is_nearly: bool = False,
+    merging: str = "",
 ) -> str:
     """Returns the card of a draft for the model `name` of `num_layers` layers; `exits` is the content of
-    `exit_config.json`.
+    `exit_config.json`, `merging` is `ExportSource.merging`.
     """
     name = " ".join(name.split())
-    layer, word = plain.head.layer, shell_word(name)
+    layer, (word, what) = plain.head.layer, engine_model(name, merging)
     return _joined(
         front_matter(name, "transformers", "speculative-decoding"),
         [f"# A draft model for {name}: its exit after layer {layer}", ""],
@@ -27,7 +39,7 @@ def draft_card(
         _history(layer, exits),
         [
             f"It drafts for {name} with the same tokenizer and vocabulary; what is said in the end is what {name} says. "
-            f"`{word}` below is the folder of {name}, `THIS_FOLDER` this one.",
+            f"{what}; `THIS_FOLDER` is this one.",
             "",
         ],
         _commands(word, plain.config.family),

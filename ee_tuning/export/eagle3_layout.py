@@ -45,7 +45,7 @@ def published_config(
     draft: DraftSpec, model: ModelConfig, layout: Layout, *, draft_vocab_size: int, verifier: str, num_steps: int
 ) -> dict[str, Any]:
     """Returns config.json. `draft_vocab_size` 0 stands for the whole vocabulary. `verifier` is the path or name of the
-    model.
+    model, which speculators' layout alone tells.
     """
     layer = {**huggingface_config(draft.layer_config(model)), "tie_word_embeddings": False}
     shared = {_IDS: list(draft.aux_layers), **{name: getattr(draft, name) for name in _VARIANTS}}

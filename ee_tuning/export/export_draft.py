@@ -4,6 +4,7 @@ It drafts for the whole model or serves on its own, without code of this project
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -55,7 +56,7 @@ def export_draft(
         layers = [*range(1, depth + 1), *[num_layers] * (plain.config.num_layers - depth)]
         described = plain_description(model, plain.config, layers, special)
         tree = exit_config_tree(model.artifact.config)
-        make_card = draft_card if kind == "draft" else pruned_card
+        make_card = partial(draft_card, merging=model.merging) if kind == "draft" else pruned_card
         card = make_card(model.name, plain, tree, num_layers, is_nearly=constant is not None)
         write_plain_folder(model, tensors, plain.config, described, card, output, topology, tokenizer)
 

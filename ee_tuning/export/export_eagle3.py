@@ -11,8 +11,10 @@ from torch import Tensor
 from ee_tuning.artifact.eagle3_card import eagle3_card
 from ee_tuning.artifact.exit_config import exit_config_tree
 from ee_tuning.artifact.exit_heads import ExitHeadsReader
+from ee_tuning.checkpoint.hub import hub_name
 from ee_tuning.checkpoint.huggingface_files import backbone_files
 from ee_tuning.config import Config
+from ee_tuning.errors import InputError
 from ee_tuning.export.eagle3_layout import D2T, T2D, Layout, published_config, published_name
 from ee_tuning.export.export_source import ExportSource, check_target, open_for_export
 from ee_tuning.export.folder_writer import MARKS, write_folder
@@ -35,7 +37,8 @@ def export_eagle3(config: Config, output: Path, layout: Layout, *, overwrite: bo
         assert model.artifact is not None and model.artifact.config.draft is not None
         tensors = PublishedTensors(model.artifact, layout, model.model.vocab_size)
         described = _config(config, model, layout)
-        card = eagle3_card(model.name, exit_config_tree(model.artifact.config), layout, _num_steps(model))
+        tree = exit_config_tree(model.artifact.config)
+        card = eagle3_card(model.name, tree, layout, _num_steps(model), model.merging)
         files = SafetensorsLayout("model", tensors.shapes, {name: tensors.dtype(name) for name in tensors.shapes})
 
         def complete(partial: Path) -> None:
@@ -86,19 +89,33 @@ def _config(config: Config, model: ExportSource, layout: Layout) -> dict[str, An
     exits = model.artifact.config
     assert exits.draft is not None
     size = 0 if exits.ties_output else len(exits.token_ids) or model.model.vocab_size
-    path = Path(config.model.path)
     described = published_config(
         exits.draft,
         model.model,
         layout,
         draft_vocab_size=size,
-        verifier=str(path.resolve()) if path.exists() else config.model.path,
+        verifier=_verifier(config, model) if layout == "speculators" else "",
         num_steps=_num_steps(model),
     )
     for tree in (described, described.get("transformer_layer_config", {})):
         if "dtype" in tree:
             tree["dtype"] = exits.dtype
     return described
+
+
+def _verifier(config: Config, model: ExportSource) -> str:
+    """Returns the model's folder or name on the hub. Raises InputError where engines can not load it from there."""
+    path, adapter, shape = config.model.path, config.model.adapter, config.model.config
+    if model.merging:
+        more = (f" --adapter {adapter}" if adapter else "") + (f" --config {shape}" if shape else "")
+        what = f"{path} is no Hugging Face folder" if adapter is None else f"{path} lacks the weights of {adapter}"
+        raise InputError(
+            f"--format speculators names the model that engines load with the head, and {what}; write one, `ee-tuning export "
+            f"--format hf --model {path}{more} --output FOLDER`, and give --model "
+            "FOLDER here"
+        )
+    name = hub_name(path)
+    return str(model.source.folder.resolve()) if name is None or name.revision else path
 
 
 def _num_steps(model: ExportSource) -> int:

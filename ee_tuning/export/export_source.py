@@ -12,7 +12,8 @@ from ee_tuning.artifact.exit_heads import ExitHeadsReader, check_bound_to
 from ee_tuning.checkpoint.adapted_source import AdaptedSource
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import BackboneSource, background_check, describing_file, model_folder, open_model
-from ee_tuning.checkpoint.gguf_file import GgufReader
+from ee_tuning.checkpoint.gguf_file import GgufReader, is_gguf
+from ee_tuning.checkpoint.model_card import MODEL_FOLDER, shell_word
 from ee_tuning.config import Config
 from ee_tuning.model_config.config import ModelConfig, model_config_from_hf
 from ee_tuning.model_config.huggingface_config import huggingface_config
@@ -52,6 +53,15 @@ class ExportSource:
     def name(self) -> str:
         """The name for messages."""
         return model_name(self.source.folder)
+
+    @property
+    def merging(self) -> str:
+        """The command that writes the model as a folder that engines load, or "" where it is one."""
+        if self.has_companions and self.adapter is None:
+            return ""
+        own = self.source.folder.name if is_gguf(self.source.folder) else self.name
+        adapter = "" if self.adapter is None else f" --adapter {shell_word(self.adapter, 'ADAPTER')}"
+        return f"ee-tuning export --format hf --model {shell_word(own, 'MODEL')}{adapter} --output {MODEL_FOLDER}"
 
     def described(self) -> dict[str, Any]:
         """Returns config.json, corrected where it ties an output matrix that differs from the embedding."""

@@ -165,7 +165,7 @@ def test_a_folder_that_never_served_by_itself_says_so(llama, tmp_path):
 
 
 def test_a_megatron_checkpoint_makes_the_same_draft(llama, tmp_path):
-    """A draft that depends on how the model is stored."""
+    """A draft that depends on how the model is stored; commands in its card that hand a checkpoint to an engine."""
     random_llama(tmp_path / "model")
     exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture="layer")
     assert (
@@ -176,6 +176,9 @@ def test_a_megatron_checkpoint_makes_the_same_draft(llama, tmp_path):
     )
     for name in ("model", "meg"):
         export("--model", tmp_path / name, "--exits", exits, "--exit", 4, "--output", tmp_path / f"draft_{name}")
+        card, word = (tmp_path / f"draft_{name}" / "README.md").read_text(), {"model": "model", "meg": "MODEL_FOLDER"}
+        assert f"vllm serve {word[name]} --spec" in card
+        assert ("`ee-tuning export --format hf --model meg --output MODEL_FOLDER`" in card) == (name == "meg")
     files = [tmp_path / f"draft_{name}" / "model.safetensors" for name in ("model", "meg")]
     assert files[0].read_bytes() == files[1].read_bytes()
 

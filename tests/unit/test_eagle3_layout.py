@@ -11,10 +11,12 @@ from exits import write_exits
 from gguf_files import Kind, write_gguf
 from random_models import random_model
 from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
 
 from ee_tuning.artifact.eagle3_card import eagle3_card
 from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.artifact.tried_engines import TRIED
+from ee_tuning.checkpoint import formats
 from ee_tuning.cli import main
 from ee_tuning.errors import InputError
 from ee_tuning.export.eagle3_layout import Layout, published_config, read_published_config
@@ -160,6 +162,66 @@ def test_speculators_own_class_loads_the_folder(model: Path, tmp_path: Path) -> 
         assert torch.equal(loaded.fc.weight, head.full("exits.6.fc.weight"))
         assert torch.equal(loaded.lm_head.weight, head.full("exits.6.output.weight"))
         assert torch.equal(loaded.layers[0].mlp.up_proj.weight, head.full("exits.6.midlayer.mlp.up_proj.weight"))
+
+
+@pytest.fixture(scope="module")
+def stored(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, ...]]:
+    """The model in forms that engines do not load, as flags."""
+    folder = tmp_path_factory.mktemp("stored")
+    whole = random_model("llama", folder / "whole", vocab_size=257, eos_token_id=256, bos_token_id=256)
+    write_gguf(folder / "model.gguf", whole, alphabet=[*sorted(ByteLevel.alphabet())[:255], "ab", "<end>"])
+    assert main(["export", "--format", "megatron", "--model", str(model), "--output", str(folder / "megatron")]) == 0
+    (folder / "lora").mkdir()
+    (folder / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
+    weights = {name.format("A"): torch.ones(2, 48), name.format("B"): torch.ones(40, 2)}
+    save_file(weights, folder / "lora" / "adapter_model.safetensors")
+    return {
+        "gguf": ("--model", str(folder / "model.gguf")),
+        "megatron": ("--model", str(folder / "megatron")),
+        "adapter": ("--model", str(model), "--adapter", str(folder / "lora")),
+    }
+
+
+@pytest.mark.parametrize("form", ["gguf", "megatron", "adapter"])
+def test_engines_are_told_a_model_that_they_can_load(
+    stored: dict[str, tuple[str, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    """A `verifier` that `vllm serve FOLDER` can not load, or the model without its trained weights; a card that names
+    such a model in its commands; a remedy that does not help.
+    """
+    flags, head = stored[form], str(tmp_path / "head")
+    assert main(["convert", *flags, "--architecture", "eagle3", "--aux-layers", "1,3,5", "--output", head]) == 0
+    words = ["export", *flags, "--exits", head, "--output", str(tmp_path / "out"), "--format"]
+    capsys.readouterr()
+    assert main([*words, "speculators"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert "\n" not in told and f"ee-tuning export --format hf {' '.join(flags)} --output FOLDER" in told
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "eagle3"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "vllm serve MODEL_FOLDER --spec" in card and "--target-model-dir MODEL_FOLDER" in card
+    merging = " ".join(Path(word).name for word in flags)
+    assert f"`ee-tuning export --format hf {merging} --output MODEL_FOLDER`; " in card
+    merged = str(tmp_path / "merged")
+    assert main(["export", "--format", "hf", *flags, "--output", merged]) == 0
+    last = ["export", "--format", "speculators", "--model", merged, "--exits", head]
+    assert main([*last, "--output", str(tmp_path / "last")]) == 0
+    described = json.loads((tmp_path / "last" / "config.json").read_text())
+    assert described["speculators_config"]["verifier"]["name_or_path"] == merged
+    assert "vllm serve merged --spec" in (tmp_path / "last" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("revision", ["", "@main"])
+def test_a_name_on_the_hub_stays_one_without_a_revision(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str
+) -> None:
+    """`org/name@main`, which engines do not load; a path of this machine for a model that everybody can fetch."""
+    monkeypatch.setattr(formats, "fetch_model", lambda name, **_: model)
+    head = write_head(model, tmp_path / "head")
+    config = export(Path(f"org/name{revision}"), head, tmp_path / "out", "speculators")
+    named = config["speculators_config"]["verifier"]["name_or_path"]
+    assert named == (str(model) if revision else "org/name")
 
 
 def change_config(folder: Path, **changes: Any) -> None:
