@@ -215,6 +215,14 @@ def has_weights(folder: Path) -> bool:
     )
 
 
+def is_huggingface(path: str) -> bool:
+    """Whether `path` is a Hugging Face folder or a name on the hub. It never raises, and reads no file."""
+    folder = Path(path)
+    if hub_name(path) is not None:
+        return True
+    return (folder / "config.json").is_file() and not (folder / METADATA).is_file() and not is_legacy(folder)
+
+
 def describing_file(folder: Path, shape: str | None) -> Path | None:
     """Returns the Hugging Face config.json of the model in `folder`, or None.
 

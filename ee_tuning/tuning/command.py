@@ -9,7 +9,7 @@ from shlex import quote
 from ee_tuning.artifact.convert import convert
 from ee_tuning.artifact.load import load_for_tuning
 from ee_tuning.artifact.shapes import as_tuned, with_seq_length
-from ee_tuning.checkpoint.formats import read_shape
+from ee_tuning.checkpoint.formats import is_huggingface, read_shape
 from ee_tuning.config import Config, replace
 from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.data.job_samples import load_job_samples
@@ -102,13 +102,14 @@ def _save(tuner: Tuner, config: Config, topology: Topology) -> None:
 
 
 def _next_command(config: Config, tuner: Tuner) -> str:
-    adapter = f" --adapter {quote(str(tuner.run_folder / ADAPTER))}" if tuner.backbone is not None else ""
-    given = f"--model {quote(config.model.path)}{adapter}"
+    adapter = str(tuner.run_folder / ADAPTER) if tuner.backbone is not None else config.model.adapter
+    given = f"--model {quote(config.model.path)}" + (f" --adapter {quote(adapter)}" if adapter else "")
     if not tuner.exits_config.exit_layers:
         return f"ee-tuning export --format hf {given} --output FOLDER"
     given += f" --exits {quote(str(tuner.run_folder / EXIT_HEADS))}"
     if tuner.exits_config.draft is not None:
-        return f"ee-tuning export --format speculators {given} --output FOLDER"
+        layout = "speculators" if is_huggingface(config.model.path) and not adapter else "eagle3"
+        return f"ee-tuning export --format {layout} {given} --output FOLDER"
     policy = "--budget 0.5" if config.exits.shares_head else "--threshold 0.8 --show-exits"
     return f'ee-tuning generate {given} {policy} --prompt "…"'
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,13 @@ from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.artifact.tried_engines import TRIED
 from ee_tuning.checkpoint import formats
 from ee_tuning.cli import main
+from ee_tuning.config import load_config
 from ee_tuning.errors import InputError
 from ee_tuning.export.eagle3_layout import Layout, published_config, read_published_config
 from ee_tuning.model.draft_spec import draft_spec
 from ee_tuning.model_config.config import read_model_config
 from ee_tuning.storage import tensor_blocks
+from ee_tuning.tuning.command import _next_command
 
 LISTED = (0, 3, 5, 20, 49, 60, 100)
 
@@ -210,6 +213,18 @@ def test_engines_are_told_a_model_that_they_can_load(
     described = json.loads((tmp_path / "last" / "config.json").read_text())
     assert described["speculators_config"]["verifier"]["name_or_path"] == merged
     assert "vllm serve merged --spec" in (tmp_path / "last" / "README.md").read_text()
+
+
+def test_the_next_command_of_a_run_is_one_that_works(stored: dict[str, tuple[str, ...]], model: Path) -> None:
+    """A run that ends with an export that is refused, or that lacks the adapter it tuned on."""
+    forms = {"folder": ("--model", str(model)), "hub": ("--model", "org/name@main"), **stored}
+    for form, flags in forms.items():
+        keys = dict(zip(("model.path", "model.adapter"), flags[1::2], strict=False))
+        exits = SimpleNamespace(exit_layers=(6,), draft=object())
+        tuner: Any = SimpleNamespace(backbone=None, run_folder=Path("runs/draft"), exits_config=exits)
+        layout = "speculators" if form in ("folder", "hub") else "eagle3"
+        wanted = f"ee-tuning export --format {layout} {' '.join(flags)} --exits runs/draft/exit_heads --output FOLDER"
+        assert _next_command(load_config(None, keys), tuner) == wanted
 
 
 @pytest.mark.parametrize("revision", ["", "@main"])
