@@ -172,7 +172,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def advise(args: argparse.Namespace) -> None:
     """Prints what each way to decode a model faster would cost and could gain."""
     config = job_of(args)
-    from ee_tuning.checkpoint.formats import read_shape
+    from ee_tuning.checkpoint.formats import is_huggingface, read_shape
     from ee_tuning.planning.advice_text import print_advice
     from ee_tuning.planning.advise import ways
     from ee_tuning.planning.gpus import gpu
@@ -185,7 +185,12 @@ def advise(args: argparse.Namespace) -> None:
             f"--tokens must be at least 1 and --efficiency in (0, 1], got {args.tokens} and {args.efficiency:g}"
         )
     model = read_shape(config.model, needs_weights=False)
-    found = ways(model, quote(config.model.path), config.tuning.ttt_steps)
+    found = ways(
+        model,
+        quote(config.model.path),
+        config.tuning.ttt_steps,
+        loads_in_engines=is_huggingface(config.model.path) and not config.model.adapter,
+    )
     print_advice(
         model, config.model.path, found, chosen, tokens=args.tokens, efficiency=args.efficiency, as_json=args.json
     )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ee_tuning.artifact.exit_names import exit_tensor_shapes
+from ee_tuning.checkpoint.model_card import MODEL_FOLDER
 from ee_tuning.checkpoint.model_size import parameters_by_part, tensor_parts
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.config import Architecture
@@ -96,17 +97,21 @@ class Sizes:
         return tuple(self.of_tokens(num_drafts + 1) / self.whole for num_drafts in range(1, MAX_DRAFTS + 1))
 
 
-def ways(model: ModelConfig, name: str, ttt_steps: int) -> list[Way]:
+def ways(model: ModelConfig, name: str, ttt_steps: int, *, loads_in_engines: bool = True) -> list[Way]:
     """Returns every method that suits a model of that shape.
 
     `name` stands for the model in commands; `ttt_steps` is the number of unrolled steps in a drafting head's training.
+    Engines load Hugging Face folders alone: for another model the commands write one (`loads_in_engines`).
     """
+    served = name if loads_in_engines else MODEL_FOLDER
+    written = () if loads_in_engines else (f"ee-tuning export --format hf --model {name} --output {MODEL_FOLDER}",)
     sizes = read_sizes(model)
     outputs = ["tied", "untied", *(["shortlist"] if model.vocab_size > 2 * SHORTLIST else [])]
     found = [_threshold(model, sizes, name, output) for output in outputs]
-    found += [_own_drafts(model, sizes, name), _draft_model(model, sizes, name)]
+    found += [_own_drafts(model, sizes, name), _draft_model(model, sizes, name, (*written, f"vllm serve {served}"))]
     if can_draft(model) and model.num_layers >= 6:
-        found.append(_eagle3(model, sizes, name, ttt_steps))
+        tune, *engine = _eagle3_commands(model, name, served)
+        found.append(_eagle3(model, sizes, ttt_steps, (tune, *written, *engine)))
     return found
 
 
@@ -239,7 +244,7 @@ def _own_drafts(model: ModelConfig, sizes: Sizes, name: str) -> Way:
     )
 
 
-def _draft_model(model: ModelConfig, sizes: Sizes, name: str) -> Way:
+def _draft_model(model: ModelConfig, sizes: Sizes, name: str, serve: tuple[str, ...]) -> Way:
     own, layer = _own_drafts(model, sizes, name), _draft_layer(model)
     plain = plain_exit(_spec(layer, "layer", "untied"), model)
     speculative = '{"method": "draft_model", "model": "draft", "num_speculative_tokens": 4}'
@@ -255,7 +260,8 @@ def _draft_model(model: ModelConfig, sizes: Sizes, name: str) -> Way:
         commands=(
             _tune_draft(name, layer),
             f"ee-tuning export --format draft --model {name} --exits runs/draft/exit_heads --exit {layer} --output draft --check",
-            f"vllm serve {name} --speculative-config '{speculative}'",
+            *serve[:-1],
+            f"{serve[-1]} --speculative-config '{speculative}'",
         ),
     )
 
@@ -264,15 +270,28 @@ def _tune_draft(name: str, layer: int) -> str:
     return f"ee-tuning tune --model {name} --exit-layers {layer} --architecture layer --loss forward_kl --data ANSWERS --output runs/draft"
 
 
-def _eagle3(model: ModelConfig, sizes: Sizes, name: str, ttt_steps: int) -> Way:
-    vocab = DRAFT_VOCAB if model.vocab_size > DRAFT_VOCAB else 0
+def _eagle3_vocab(model: ModelConfig) -> int:
+    return DRAFT_VOCAB if model.vocab_size > DRAFT_VOCAB else 0
+
+
+def _eagle3_commands(model: ModelConfig, name: str, served: str) -> tuple[str, ...]:
+    vocab = _eagle3_vocab(model)
+    flags = f" --output-vocab {vocab}" if vocab else ""
+    return (
+        f"ee-tuning tune --model {name} --architecture eagle3{flags} --loss lk --data ANSWERS --output runs/eagle3",
+        f"ee-tuning export --format speculators --model {served} --exits runs/eagle3/exit_heads --output eagle3",
+        "vllm serve eagle3",
+    )
+
+
+def _eagle3(model: ModelConfig, sizes: Sizes, ttt_steps: int, commands: tuple[str, ...]) -> Way:
+    vocab = _eagle3_vocab(model)
     spec = draft_spec(model, ())
     head = ExitSpec(layer=model.num_layers, architecture="eagle3", ties_output=False, output_vocab=vocab, draft=spec)
     trained = _num_parameters((head,), model)
     fused = len(spec.aux_layers) * model.hidden_size**2
     unrolled = trained - fused  # states are fused once per round, for verified tokens, and once in training
     step = unrolled / sizes.whole
-    flags = f" --output-vocab {vocab}" if vocab else ""
     return Way(
         name=f"EAGLE-3 head, {vocab or model.vocab_size:,} tokens",
         runs_in="vLLM, SGLang, here",
@@ -282,9 +301,5 @@ def _eagle3(model: ModelConfig, sizes: Sizes, name: str, ttt_steps: int) -> Way:
         step=step,
         speed_ups=tuple(speed_up_by_drafts(share, step, sizes.checks) for share in SHARES),
         operations=2 * sizes.whole + 6 * (fused + unrolled * ttt_steps),
-        commands=(
-            f"ee-tuning tune --model {name} --architecture eagle3{flags} --loss lk --data ANSWERS --output runs/eagle3",
-            f"ee-tuning export --format speculators --model {name} --exits runs/eagle3/exit_heads --output eagle3",
-            "vllm serve eagle3",
-        ),
+        commands=commands,
     )

@@ -90,6 +90,18 @@ def test_tuning_threshold_exits_costs_what_a_hand_computes():
     assert gpu_hours(tied.operations, 1e8, 989, 0.5) == pytest.approx(0.84, abs=0.005)
 
 
+def test_commands_for_engines_name_a_folder_that_they_load():
+    """A GGUF file or a Megatron checkpoint as vLLM's model, and as the verifier that a drafting head's folder names."""
+    for way in ways(model("llama-3.1-8b"), "model.gguf", 3, loads_in_engines=False):
+        serving = [line for line in way.commands if line.startswith("vllm serve") or "speculators" in line]
+        assert not any("model.gguf" in line for line in serving)
+        if serving:
+            assert "ee-tuning export --format hf --model model.gguf --output MODEL_FOLDER" in way.commands
+    plain = [line for way in ways(model("llama-3.1-8b"), "org/name", 3) for line in way.commands]
+    assert any(line.startswith("vllm serve org/name --speculative-config") for line in plain)
+    assert not any("MODEL_FOLDER" in line for line in plain)
+
+
 def test_tuning_drafts_costs_what_a_hand_computes():
     """A fusing map that is charged for every unrolled step, though it runs once."""
     exit_, exported, eagle = ways(model("llama-3.1-8b"), "MODEL", 3)[-3:]
