@@ -163,23 +163,10 @@ def test_two_tensor_parallel_ranks(made: dict[str, Any]) -> None:
 
 def test_vllm_serve_over_http(made: dict[str, Any]) -> None:
     """A folder that the class loads and the server does not: a tokenizer that is missing, a config that is refused."""
-    with server(made, speculative(made["drafts"]["mlp"])) as address:
-        said = []
-        for prompt in made["job"]["prompts"]:
-            asked = {
-                "model": made["job"]["model"],
-                "prompt": prompt,
-                "max_tokens": NEW_TOKENS,
-                "temperature": 0,
-                "ignore_eos": True,
-                "return_token_ids": True,
-            }
-            said.append(post(f"{address}/v1/completions", asked)["choices"][0]["token_ids"])
-        with urllib.request.urlopen(f"{address}/metrics", timeout=60) as answer:
-            metrics = answer.read().decode()
-    assert said == made["runs"]["plain"]["tokens"]
-    accepted = re.search(r"^vllm:spec_decode_num_accepted_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)
-    assert accepted is not None and float(accepted[1]) == made["runs"]["mlp"]["drafts"]["accepted"]
+    draft = json.dumps(speculative(made["drafts"]["mlp"]))
+    tokens, accepted = served(made, made["job"]["model"], "--speculative-config", draft)
+    assert tokens == made["runs"]["plain"]["tokens"]
+    assert accepted == made["runs"]["mlp"]["drafts"]["accepted"]
 
 
 def test_an_eagle3_head_is_accepted_as_its_validation_foretells(made: dict[str, Any]) -> None:
@@ -211,6 +198,8 @@ def test_an_eagle3_head_is_accepted_as_its_validation_foretells(made: dict[str, 
         found = [count / answer["drafts"]["rounds"] for count in answer["drafts"]["by_position"]]
         print(f"{made['name']}, EAGLE-3: length {1 + sum(found):.2f}, foretold {1 + sum(rates):.2f}")
         assert max(abs(a - b) for a, b in zip(found, rates, strict=True)) <= 0.05, (found, rates)
+    tokens, accepted = served(made, str(folder / "speculators"))  # which names its model itself
+    assert tokens == made["runs"]["plain"]["tokens"] and accepted > 0
 
 
 def foretold_rates(records: list[dict[str, Any]]) -> list[float]:
@@ -224,21 +213,35 @@ def foretold_rates(records: list[dict[str, Any]]) -> list[float]:
     return rates
 
 
+def served(made: dict[str, Any], model: str, *words: str) -> tuple[list[list[int]], float]:
+    """Returns what `vllm serve MODEL WORDS` answers the prompts over HTTP, and its number of accepted drafts."""
+    tokens = []
+    with server(made["folder"], model, *words) as address:
+        for prompt in made["job"]["prompts"]:
+            body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+            answer = post(f"{address}/v1/completions", {**body, "return_token_ids": True})
+            tokens.append(answer["choices"][0]["token_ids"])
+        with urllib.request.urlopen(f"{address}/metrics", timeout=60) as answer:
+            metrics = answer.read().decode()
+    accepted = re.search(r"^vllm:spec_decode_num_accepted_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)
+    assert accepted is not None
+    return tokens, float(accepted[1])
+
+
 @contextmanager
-def server(made: dict[str, Any], draft: dict[str, object]) -> Iterator[str]:
+def server(folder: Path, model: str, *words: str) -> Iterator[str]:
     """`vllm serve` on a free port, as a user starts it; the address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(ENGINES).parent / "vllm"), "serve", made["job"]["model"], "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
-    command += ["--speculative-config", json.dumps(draft)]
+    command = [str(Path(ENGINES).parent / "vllm"), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", *words]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with (made["folder"] / "serve.log").open("w") as log:
+    with (folder / "serve.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**environment(), **settings})
         try:
             address = f"http://127.0.0.1:{port}"
-            _wait_until_healthy(process, address, made["folder"] / "serve.log")
+            _wait_until_healthy(process, address, folder / "serve.log")
             yield address
         finally:
             process.terminate()
