@@ -70,7 +70,7 @@ def test_requests_that_do_not_ask_a_head_pay_nothing(
     assert silent.output == plain.decode(PROMPTS[0], NEW_TOKENS, 1.1)[0]
     # Each of its tokens once at most; the prompt's and those that left before it with the first one asked behind them.
     assert 0 < sum(passes) <= len(PROMPTS[1]) + NEW_TOKENS - 1
-    assert silent.own_layers == []
+    assert silent.own_layers == ()
 
 
 @pytest.mark.parametrize("most", [1, 3])
