@@ -47,7 +47,7 @@ def eagle3_card(name: str, exits: Mapping[str, Any], layout: str, num_steps: int
         "vllm serve THIS_FOLDER",
         "```",
         "",
-        "The model's path or name is in config.json (`verifier`). Not tried by itself.",
+        "The model's path or name is in config.json (`verifier`).",
     ]
     commands = [
         f"{what}; `THIS_FOLDER` is this one.",
@@ -56,10 +56,10 @@ def eagle3_card(name: str, exits: Mapping[str, Any], layout: str, num_steps: int
         f"vllm serve {word} --speculative-config '{vllm}'",
         "```",
         "",
+        *([] if layout == "eagle3" else [*own, ""]),
         tried_text("vLLM", family),
         "",
-        *(sglang if layout == "eagle3" else own),
-        "",
+        *([*sglang, ""] if layout == "eagle3" else []),
         *_llama_cpp(word, exits, num_steps),
     ]
     return "\n".join([*_beginning(name, exits), *commands])

@@ -70,7 +70,7 @@ def pruned_card(
             "python -m sglang.launch_server --model-path THIS_FOLDER",
             "```",
             "",
-            f"Not tried by itself. The same files as a draft: {tried_text('vLLM', family)} {tried_text('llama.cpp', family)}",
+            f"{tried_text('vLLM', family)} SGLang was not tried.",
             "",
         ],
     )
