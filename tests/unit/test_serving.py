@@ -154,7 +154,8 @@ def test_a_chat_is_rendered_by_the_template_and_streams_as_it_answers_whole(serv
 def test_memory_is_there_before_the_first_request(server):
     """A server that is ready, and whose first client waits until each layer has its memory."""
     engine = server.service.engine_loop._runner.engine
-    assert len(engine.cache._layers) >= server.reference.model.config.num_layers
+    cache, num_layers = engine.cache, server.reference.model.config.num_layers
+    assert cache.num_bytes >= num_layers * cache.num_places * cache.bytes_per_token
 
 
 def test_the_log_says_why_a_request_was_refused(server, client, caplog):
