@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Protocol
 
@@ -185,6 +186,7 @@ never stopped.
 """
 
 if __name__ == "__main__":
+    get_temp_dir()  # multiprocessing's own, which it removes later than this folder
     # What killed processes leave goes with it.
     with tempfile.TemporaryDirectory(prefix="ee-tuning-stress-") as own:
         os.environ["TMPDIR"] = tempfile.tempdir = own
