@@ -21,7 +21,7 @@ int early() {  // threads that went on before all had arrived
     std::atomic<int> arrived{0}, wrong{0};
     Meeting meeting;
     #pragma omp parallel num_threads(4)
-    for (int round = 1; round <= 300; ++round) {
+    for (int round = 1; round <= 60; ++round) {
         arrived.fetch_add(1);
         meeting.wait();
         if (arrived.load() < 4 * round) wrong.fetch_add(1);
