@@ -45,17 +45,13 @@ class DraftHead:
             unread.start, unread.states = 0, []
         unread.states.append(torch.cat(parts, dim=-1))
 
-    def num_unread(self, sequence: Sequence) -> int:
-        """Returns the number of tokens of a sequence whose states the head has not read."""
-        return sum(len(states) for states in sequence.unread.states)
-
     def draft(self, wanted_of: list[tuple[Sequence, int]]) -> list[list[int]]:
         """Reads the states that are kept of each sequence, and returns the wanted number of drafts for each, the
         likeliest token each time. All tensor-parallel ranks return the same.
         """
         drafts: list[list[int]] = [[] for _ in wanted_of]
         rows, num_drafts = [sequence for sequence, _ in wanted_of], [count for _, count in wanted_of]
-        lengths, starts = [self.num_unread(row) for row in rows], [row.unread.start for row in rows]
+        lengths, starts = [row.unread.num_tokens for row in rows], [row.unread.start for row in rows]
         state = self._head.fused(torch.cat([states for row in rows for states in row.unread.states]))
         tokens = [
             t

@@ -65,7 +65,7 @@ class DraftHeadProposer:
             drafting = [
                 (sequence, count)
                 for (sequence, _), count in zip(finished, counts, strict=True)
-                if count or self._head.num_unread(sequence) > MOST_UNREAD
+                if count or sequence.unread.num_tokens > MOST_UNREAD
             ]
             drafts = self._head.draft(drafting) if drafting else []
             tokens = torch.tensor([token for each in drafts for token in each], dtype=torch.int64)

@@ -95,6 +95,11 @@ class UnreadStates:
     states: list[Tensor] = field(default_factory=list, repr=False)
     """[tokens, a * h] of each step, for the a layers that the head reads."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens whose states are here."""
+        return sum(len(states) for states in self.states)
+
 
 @dataclass(eq=False)
 class Sequence:
