@@ -14,6 +14,7 @@ from ee_tuning.model_config.families import (
     optional_number,
     positive_number,
     real_number,
+    truth_value,
     with_llama_keys,
 )
 from ee_tuning.model_config.quantized_checkpoint import refuse_quantized
@@ -243,7 +244,7 @@ def _from_object(raw: dict[str, Any], path: Path) -> ModelConfig:
         max_position_embeddings=max_positions,
         norm_epsilon=real_number(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", path),
         rope=_rope(raw, max_positions, path),
-        ties_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        ties_embeddings=truth_value(raw, "tie_word_embeddings", path),
         init_std=real_number(raw.get("initializer_range", 0.02), "initializer_range", path),
         stored_dtype=dtype,
         eos_token_ids=end_token_ids(raw, vocabulary, path),
@@ -288,7 +289,7 @@ def _rope(raw: dict[str, Any], max_positions: int, path: Path) -> RopeConfig:
         high_freq_factor=real_number(fields.get("high_freq_factor", 4.0), "high_freq_factor", path),
         beta_fast=real_number(fields.get("beta_fast") or 32.0, "beta_fast", path),
         beta_slow=real_number(fields.get("beta_slow") or 1.0, "beta_slow", path),
-        truncate=bool(fields.get("truncate", True)),
+        truncate=truth_value(fields, "truncate", path, default=True),
         attention_factor={"yarn": _yarn_attention_factor, "longrope": _longrope_attention_factor}[kind](
             fields, factor, original, path
         )

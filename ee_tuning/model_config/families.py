@@ -136,7 +136,7 @@ def family_fields(spelled: dict[str, Any], path: Path) -> dict[str, Any]:
     if activation not in ACTIVATIONS:
         raise InputError(f"{path}: the activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
     fields = {"family": spelled["model_type"], "activation": ACTIVATIONS[activation], **_FIELDS[spelled["model_type"]]}
-    if spelled["model_type"] in WITH_ATTENTION_BIAS and spelled.get("attention_bias"):
+    if spelled["model_type"] in WITH_ATTENTION_BIAS and truth_value(spelled, "attention_bias", path):
         fields.update(has_qkv_bias=True, has_proj_bias=True)
     if "num_local_experts" in spelled:
         return {**fields, **_expert_fields(spelled, path)}
@@ -153,7 +153,7 @@ def _expert_fields(spelled: dict[str, Any], path: Path) -> dict[str, Any]:
     width = positive_number(
         spelled, "moe_intermediate_size" if "moe_intermediate_size" in asked else "intermediate_size", path
     )
-    renormalizes = "norm_topk_prob" not in asked or bool(spelled["norm_topk_prob"])
+    renormalizes = "norm_topk_prob" not in asked or truth_value(spelled, "norm_topk_prob", path)
     if topk > experts or (topk == 1 and renormalizes):
         raise InputError(
             f"{path}: num_experts_per_tok must be at most num_experts = {experts}"
@@ -222,6 +222,16 @@ def real_number(value: Any, key: str, path: Path, *, is_positive: bool = False) 
     return number
 
 
+def truth_value(raw: dict[str, Any], key: str, path: Path, *, default: bool = False) -> bool:
+    """Returns `raw[key]`, or `default` where it is missing or null. Raises InputError where it is neither true nor
+    false: the text "false" would count as true.
+    """
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"{path}: {key} must be true or false, got {value!r:.60}; fetch the model's own file")
+    return default if value is None else value
+
+
 def check_count(key: str, value: int, path: Path) -> None:
     """Raises InputError on numbers of layers and experts that no model has: each of them is walked through."""
     if key in _COUNTED and value > MOST_COUNTED:
@@ -244,11 +254,11 @@ def _refuse_active_window(full: dict[str, Any], path: Path) -> None:
         slides = (
             "sliding_attention" in layer_types
             if layer_types is not None
-            else bool(full.get("use_sliding_window"))
+            else truth_value(full, "use_sliding_window", path)
             and full["max_window_layers"] < positive_number(full, "num_hidden_layers", path)
         )
     else:
-        slides = family == "qwen3_moe" and bool(full.get("use_sliding_window"))
+        slides = family == "qwen3_moe" and truth_value(full, "use_sliding_window", path)
     positions = positive_number(full, "max_position_embeddings", path)
     if slides and (full["sliding_window"] is None or full["sliding_window"] < positions):
         raise InputError(

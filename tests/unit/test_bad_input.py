@@ -119,6 +119,7 @@ def test_a_config_that_makes_no_sense_is_refused_by_its_file(shared, tmp_path, c
 
 
 NO_SIZE = (0, -2, True, 2.5, 10**30, "2", [2], {})
+NO_TRUTH = ("false", 0, 1, [], {})
 NO_NUMBER = (-1.0, True, math.inf, math.nan, 10**400, "small", [1.0], {"a": 1})
 
 
@@ -130,6 +131,9 @@ NO_NUMBER = (-1.0, True, math.inf, math.nan, 10**400, "small", [1.0], {"a": 1})
         ("intermediate_size", None, NO_SIZE),
         ("rms_norm_eps", None, NO_NUMBER),
         ("initializer_range", None, NO_NUMBER),
+        ("tie_word_embeddings", None, NO_TRUTH),
+        ("attention_bias", None, NO_TRUTH),
+        ("truncate", "yarn", NO_TRUTH),
         ("rope_parameters", None, (True, 5, "default", [1])),
         ("rope_scaling", None, (True, 5, "default", [1])),
         ("rope_theta", "default", NO_NUMBER),
