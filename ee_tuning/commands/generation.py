@@ -43,6 +43,7 @@ def regenerate(args: argparse.Namespace) -> None:
             output=args.output,
             overwrites=args.overwrite,
             num_shipped=args.shipped_prompts,
+            num_own=args.own_prompts,
             limit=args.limit,
             as_chat=args.as_chat,
             last_turn=args.last_turn,
@@ -108,6 +109,14 @@ def _add_regenerate(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="answer N of the prompts that come with ee-tuning, before those of --data",
+    )
+    parser.add_argument(
+        "--own-prompts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="answer N prompts that the model writes itself, before those of --data: its chat template's beginning of a "
+        "user's turn, continued at temperature 1. Those without an end are left out",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="answer only the first N prompts")
     parser.add_argument(
@@ -234,6 +243,7 @@ Under torchrun, processes beyond tensor × pipeline are replicas, which share th
   ee-tuning regenerate --model Llama-3.1-8B-Instruct --data sharegpt.json --output answers.jsonl --temperature 0.7
   ee-tuning regenerate --model Qwen3-8B --data prompts.jsonl --as-chat --n 4 --temperature 1 --output answers.jsonl
   ee-tuning regenerate --model SmolLM2-135M-Instruct.Q4_1.gguf --shipped-prompts 300 --max-new-tokens 200 --output answers.jsonl
+  ee-tuning regenerate --model Qwen3-8B --own-prompts 20000 --output answers.jsonl
 
 It reads the same files as tune, with answers or without. All answers of a conversation are generated anew, each after the new ones before
 it; a prompt or a text is continued. Records keep their other keys and their order; `tune --data answers.jsonl` learns only the answers.

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ee_tuning.errors import InputError
 
@@ -47,6 +47,15 @@ def read_chat_template(path: str | None) -> str | None:
 
 def _is_jinja(text: str) -> bool:
     return "{{" in text or "{%" in text
+
+
+class UserTurn(NamedTuple):
+    """The rendered text around a user's first message."""
+
+    beginning: str
+    """Everything before the message, default system prompt and special tokens included."""
+    end: str
+    """What closes the message: a special token, or the next line of the template. Empty where nothing does."""
 
 
 class ChatTemplate:
@@ -112,6 +121,21 @@ class ChatTemplate:
             self._tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"] if found and behind.strip() else []
         )
         return ids[0] if ids and ids[0] in self._tokenizer.added_tokens_decoder else None
+
+    def user_turn(self) -> UserTurn:
+        """Returns what the template has around a user's first message. Raises InputError where it does not render the
+        message as it is.
+        """
+        said = "Is it so?"
+        beginning, found, behind = self.render(
+            [{"role": "user", "content": said}], add_generation_prompt=True
+        ).partition(said)
+        if not found:
+            raise InputError(f"the chat template does not show a user's message as it is; {_OTHER}")
+        behind = behind.lstrip()
+        special = [str(token) for token in self._tokenizer.added_tokens_decoder.values()]
+        closing = max((token for token in special if token and behind.startswith(token)), key=len, default="")
+        return UserTurn(beginning, closing or behind.partition("\n")[0].rstrip())
 
     @property
     def _place(self) -> str:

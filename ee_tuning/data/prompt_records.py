@@ -29,6 +29,8 @@ class Prompt:
     """Messages of a chat before each answer, without those before an earlier answer. Empty for a text."""
     text: str = ""
     """The text to continue."""
+    is_own: bool = False
+    """Whether the model has to write the prompt first: a user's message in a chat."""
     tools: list[Any] | None = None
     is_given: bool = False
     """Whether the assistant's words among the messages are given, and not to be learned."""

@@ -1,8 +1,10 @@
-"""Answers prompts in rounds: each round asks for the next answer of every unfinished dialogue."""
+"""Answers prompts in rounds: each round asks for the next answer of every unfinished dialogue. A prompt that the model
+writes itself is a round of its own, before that of its answer.
+"""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ee_tuning.data.chat import ASSISTANT, is_mid_thought
@@ -17,6 +19,8 @@ from ee_tuning.notices import say
 MARK = "regenerated"
 """Key of a record for its place among the prompts and for the job that made it."""
 CUT = "length"
+MOST_OF_A_PROMPT = 256
+"""Most tokens of a prompt that the model writes."""
 _MOST_PRINTED = 10
 
 
@@ -28,6 +32,8 @@ class Question(NamedTuple):
     """Whether a chat template rendered it, special tokens included."""
     sample: int
     """Number of the answer among the prompt's."""
+    own_prompt: int | None = None
+    """Place of the prompt, where it is that which has to be written, and not an answer."""
 
 
 @dataclass(eq=False)
@@ -53,10 +59,16 @@ class Dialogue:
 
     def question(self, template: ChatTemplate) -> Question:
         """The next question. Raises InputError where the template refuses it."""
+        if self.prompt.is_own:
+            return Question(template.user_turn().beginning, True, self.index, own_prompt=self.place)
         if not self.prompt.turns:
             return Question(self.prompt.text, False, self.index)
         messages = [*self.messages, *self.prompt.turns[len(self.answers)]]
         return Question(template.render(messages, self.prompt.tools, add_generation_prompt=True), True, self.index)
+
+    def take_prompt(self, text: str) -> None:
+        """Takes the user's message that the model wrote."""
+        self.prompt = replace(self.prompt, turns=([{"role": "user", "content": text.strip()}],), is_own=False)
 
     def record(self) -> Record:
         """The dialogue as a line of data. `tune` learns only its answers."""
@@ -139,7 +151,12 @@ class Dialogues:
         if completion.error:
             self._break_off(dialogue, completion.error)
         elif not completion.text.strip():
-            self._break_off(dialogue, "the model's answer is empty")
+            self._break_off(dialogue, f"the model's {'answer' if question.own_prompt is None else 'prompt'} is empty")
+        elif question.own_prompt is not None:
+            if is_cut:
+                self._break_off(dialogue, f"the model's prompt has no end within {MOST_OF_A_PROMPT} tokens")
+            else:
+                dialogue.take_prompt(completion.text)
         elif is_cut and self._drops_cut:
             self._break_off(dialogue, "the answer was cut at max_new_tokens, or the end of the model's context")
         elif is_cut and question.is_rendered and is_mid_thought(question.text, completion.text):

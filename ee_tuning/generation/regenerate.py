@@ -21,21 +21,20 @@ from ee_tuning.data.sources import find_corpora
 from ee_tuning.data.tally import print_passed_over
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
-from ee_tuning.generation.chat import stop_ids_of
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.delivery import CompletionProgress
 from ee_tuning.generation.dialogues import MARK, Dialogue, Dialogues
-from ee_tuning.generation.llm import EarlyExitLLM, Job
+from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.many import closed_at_the_end, model_settings
 from ee_tuning.generation.options import params_of
 from ee_tuning.generation.output_file import Form, Key, OutputFile, Settings, check_output, is_stream, owned_output
+from ee_tuning.generation.question_params import QuestionParams
 from ee_tuning.generation.shared_decoding import decode_shared
 from ee_tuning.json_file import to_json
 from ee_tuning.notices import say
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 from ee_tuning.sampling.params import SamplingParams
-from ee_tuning.sampling.policy import FULL
 from ee_tuning.storage.apart import check_beside
 
 FORM = Form("regenerate", under=MARK)
@@ -53,6 +52,8 @@ class Wish:
     overwrites: bool = False
     num_shipped: int = 0
     """Number of the package's own prompts to answer, beside those of data.paths."""
+    num_own: int = 0
+    """Number of prompts that the model writes itself."""
     limit: int | None = None
     """Most prompts."""
     as_chat: bool = False
@@ -137,10 +138,12 @@ def _read(config: Config, wish: Wish, read: _Prompts) -> None:
         )
     check_beside(wish.output, config, config.data.paths)
     check_output(wish.output, wish.overwrites, FORM)
-    if not config.data.paths and not wish.num_shipped:
+    if wish.num_own < 0:
+        raise InputError(f"--own-prompts must be a number of prompts, got {wish.num_own}")
+    if not config.data.paths and not wish.num_shipped and not wish.num_own:
         raise InputError(
-            "regenerate needs prompts, got none; give --data FILE, or --shipped-prompts N for N of those that come with "
-            "ee-tuning"
+            "regenerate needs prompts, got none; give --data FILE, --shipped-prompts N for N of those that come with "
+            "ee-tuning, or --own-prompts N for N that the model writes itself"
         )
     given = read_chat_template(config.data.chat_template)
     tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
@@ -156,8 +159,11 @@ def _read(config: Config, wish: Wish, read: _Prompts) -> None:
     if not read.prompts:
         first = f", the first at {read.left_out[0].where()}: {read.left_out[0].reason}" if read.left_out else ""
         raise InputError(f"data.paths = {', '.join(config.data.paths)} holds no prompt{first}; give other files")
-    if any(prompt.turns for prompt in read.prompts):
-        ChatTemplate(tokenizer, given).source()  # raises before a model is loaded, if there is no template
+    # Both raise before a model is loaded.
+    if any(prompt.is_own for prompt in read.prompts):
+        ChatTemplate(tokenizer, given).user_turn()
+    elif any(prompt.turns for prompt in read.prompts):
+        ChatTemplate(tokenizer, given).source()
 
 
 def _prompts(
@@ -165,6 +171,8 @@ def _prompts(
 ) -> Iterator[tuple[Prompt, Where]]:
     for number, text in enumerate(shipped_prompts(wish.num_shipped), 1):
         yield Prompt(turns=([{"role": "user", "content": text}],)), partial("shipped prompt {}".format, number)
+    for number in range(1, wish.num_own + 1):
+        yield Prompt(is_own=True), partial("own prompt {}".format, number)
     with tempfile.TemporaryDirectory() as folder:
         paths = copied(config.data.paths, Path(folder))
         corpora = find_corpora(paths, "data.paths", reading.text_key) if paths else []
@@ -189,7 +197,7 @@ def _prompts(
 
 def _settings(llm: EarlyExitLLM, config: Config, wish: Wish, params: SamplingParams, read: _Prompts) -> Settings:
     """Returns everything that the output depends on."""
-    is_chat = any(prompt.turns for prompt in read.prompts)
+    is_chat = any(prompt.turns or prompt.is_own for prompt in read.prompts)
     template = ChatTemplate(llm.tokenizer, read_chat_template(config.data.chat_template)).source() if is_chat else ""
     return {
         **model_settings(llm, config),
@@ -228,7 +236,8 @@ def _answer(
     for record in read.left_out:
         dialogues.leave_out(*record)
     with closed_at_the_end(output, num_all):
-        _decode(llm, options, dialogues, stop_ids_of(llm, template), output, CompletionProgress(num_all, len(done)))
+        params = QuestionParams.of(llm, options, template, has_own=bool(wish.num_own))
+        _decode(llm, options, dialogues, params, output, CompletionProgress(num_all, len(done)))
         on_first_rank(llm.model.topology, lambda: _finish(wish, dialogues, output, len(done)))
 
 
@@ -236,12 +245,10 @@ def _decode(
     llm: EarlyExitLLM,
     options: GenerationSection,
     dialogues: Dialogues,
-    ends_of_turn: tuple[int, ...],
+    params: QuestionParams,
     output: OutputFile | None,
     progress: CompletionProgress,
 ) -> None:
-    """Decodes. `ends_of_turn` are stop tokens of chats."""
-
     def write_ended() -> None:
         if output is None:
             return
@@ -254,32 +261,10 @@ def _decode(
         dialogues.take(number, completion)
         write_ended()
 
-    continued = dataclasses.replace(params_of(options), n=1)
-    said = dataclasses.replace(continued, stop_token_ids=ends_of_turn)
     while questions := on_first_rank(llm.model.topology, dialogues.next_round):
-        jobs = [
-            Job(
-                each.text,
-                _with_own_seed(said if each.is_rendered else continued, each.sample),
-                FULL,
-                adds_special_tokens=not each.is_rendered,
-            )
-            for each in questions
-        ]
-        decode_shared(llm, jobs, options, take, progress.tokens)
+        decode_shared(llm, [params.job(each) for each in questions], options, take, progress.tokens)
         write_ended()
     write_ended()
-
-
-def _with_own_seed(params: SamplingParams, index: int) -> SamplingParams:
-    """Returns the parameters with a seed of their own: answers to one prompt are drawn independently, in each turn, and
-    the first equals that of n = 1.
-    """
-    if index == 0:
-        return params
-    return dataclasses.replace(
-        params, seed=int.from_bytes(hashlib.sha256(f"{params.seed}/{index}".encode()).digest()[:7])
-    )
 
 
 def _finish(wish: Wish, dialogues: Dialogues, output: OutputFile | None, num_done: int) -> None:

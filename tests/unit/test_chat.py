@@ -476,3 +476,31 @@ def test_the_end_of_a_turn_is_the_template_s(
     """A model whose config names one end of text, and its template another: answers that go on for both sides."""
     wanted = None if mark is None else tokenizer.convert_tokens_to_ids(mark)
     assert ChatTemplate(tokenizer, template).end_of_turn_id() == wanted
+
+
+@pytest.mark.parametrize(
+    ("template", "beginning", "end"),
+    [
+        (CHATML, "<|im_start|>user\n", "<|im_end|>"),
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n" + CHATML,
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n",
+            "<|im_end|>",
+        ),
+        (INSTRUCT, "[INST] ", "[/INST]"),
+        (PLAIN, "### user\n", "### assistant"),
+        (R1, "[INST]", "<|im_start|>"),
+        ("{% for m in messages %}{{ 'Q: ' + m['content'] }}{% endfor %}", "Q: ", ""),
+    ],
+)
+def test_a_user_s_turn_is_what_the_template_has_around_it(
+    tokenizer: PreTrainedTokenizerFast, template: str, beginning: str, end: str
+) -> None:
+    """Prompts of the model's own that it writes as something else than a user, and that never end."""
+    assert ChatTemplate(tokenizer, template).user_turn() == (beginning, end)
+
+
+def test_a_template_that_changes_what_a_user_says_has_no_user_s_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Prompts written behind the whole of a rendered chat."""
+    with pytest.raises(InputError, match=r"does not show a user's message as it is; give another with --chat-template"):
+        ChatTemplate(tokenizer, "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}").user_turn()

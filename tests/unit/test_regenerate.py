@@ -1,5 +1,6 @@
 """`ee-tuning regenerate`: the model's own answers, in a file of which `tune` learns them and nothing else."""
 
+import hashlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from ee_tuning.data.encoding import recipe_of, tokenize_range
 from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.demo.demo import CHECKOUT
 from ee_tuning.errors import InputError
-from ee_tuning.generation import delivery
+from ee_tuning.generation import delivery, dialogues, question_params
 from ee_tuning.generation.llm import Job
 from ee_tuning.generation.regenerate import Wish, regenerate
 
@@ -137,18 +138,10 @@ def test_the_same_command_goes_on(
         (4, 1),
     ]
     assert len({text for record in records_of(whole)[2:4] for text in said(record)}) == 2
-    told, kept = delivery.CompletionProgress.completion, []
-
-    def stop(progress: delivery.CompletionProgress) -> None:
-        told(progress)
-        kept.append(progress)
-        if len(kept) == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(delivery.CompletionProgress, "completion", stop)
+    stop_after(5, monkeypatch)
     assert cli.main([*drawn, "--output", str(stopped)]) == 130
     assert "completions are kept in" in capsys.readouterr().err and not stopped.exists()
-    monkeypatch.setattr(delivery.CompletionProgress, "completion", told)
+    monkeypatch.undo()
     assert cli.main([*drawn, "--output", str(stopped), "--temperature", "0.8"]) == 2
     assert "differs in temperature (0.9 there, 0.8 here)" in capsys.readouterr().err
     assert cli.main([*drawn, "--output", str(stopped)]) == 0
@@ -173,6 +166,7 @@ def test_the_same_command_goes_on(
         (["--data", "{}/unknown.jsonl"], "unknown.jsonl:1: no messages, .*--text-key"),
         (["--limit", "0"], "at least 1"),
         (["--shipped-prompts", "-1"], "must be a number"),
+        (["--own-prompts", "-1"], "must be a number"),
         (["--top-p", "7"], "top_p"),
         (["--data", "{}/system.jsonl"], "no prompt could be"),
         (["--data", "{}/empty.jsonl"], "holds no prompt"),
@@ -232,11 +226,78 @@ def test_a_chat_is_answered_until_the_template_ends_the_turn(tmp_path: Path, mon
     ]
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_own_prompts_are_what_the_model_says_for_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Prompts that are all one; prompts cut within a word; others after a kill; answers to another sample's prompt."""
+    model, output = tmp_path / "model", tmp_path / "answers.jsonl"
+    random_llama(model, vocab_size=VOCABULARY + 2, eos_token_id=END, bos_token_id=END)
+    write_byte_tokenizer(model, "<|im_start|>", "<|im_end|>")
+    (model / "chat_template.jinja").write_text(CHATML)
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "abc", "id": 7}\n')
+    monkeypatch.setattr(dialogues, "MOST_OF_A_PROMPT", 40)
+    monkeypatch.setattr(question_params, "MOST_OF_A_PROMPT", 40)
+    drawn = (
+        f"regenerate --model {model} --own-prompts 24 --data {tmp_path / 'mine.jsonl'} --as-chat --max-new-tokens 4 "
+        f"--max-batch-size 4 --seed 3 --n 2 --temperature 1 --output {output}"
+    ).split()
+    assert cli.main(drawn) == 0
+    told = capsys.readouterr().err
+    assert re.search(r"left out own prompt \d+: the model's prompt has no end within 40 tokens", told)
+    records = records_of(output)
+    by_prompt = {
+        place: [each for each in records if prompt_place(each) == place] for place in map(prompt_place, records)
+    }
+    asked = {place: {each["messages"][0]["content"] for each in both} for place, both in by_prompt.items()}
+    assert asked.pop(24) == {"abc"} and [each["id"] for each in by_prompt[24]] == [7, 7]
+    assert 4 < len(asked) < 24 and all(len(both) == 2 for both in by_prompt.values())
+    assert all(len(prompts) == 1 for prompts in asked.values()), "both answers are to the same prompt"
+    assert len(set.union(*asked.values())) == len(asked), "each prompt has a seed of its own"
+    llm = EarlyExitLLM.load(model)
+    place, (prompt,) = next(iter(asked.items()))
+    seed = int.from_bytes(hashlib.sha256(f"3/prompt {place}".encode()).digest()[:7])
+    written = SamplingParams(max_tokens=40, temperature=1, top_p=0.95, seed=seed, stop=("<|im_end|>",))
+    (completion,) = llm.generate(["<|im_start|>user\n"], written, policy="full", adds_special_tokens=False)
+    assert completion.text.strip() == prompt and completion.finish_reason == "stop"
+    whole, output_again = output.read_bytes(), tmp_path / "again.jsonl"
+    stop_after(6, monkeypatch)
+    assert cli.main([*drawn[:-1], str(output_again)]) == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(dialogues, "MOST_OF_A_PROMPT", 40)
+    monkeypatch.setattr(question_params, "MOST_OF_A_PROMPT", 40)
+    assert cli.main([*drawn[:-1], str(output_again)]) == 0 and output_again.read_bytes() == whole
+
+
+def prompt_place(record: dict[str, Any]) -> int:
+    place: int = record["regenerated"]["prompt_index"]
+    return place
+
+
+def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C behind the `count`th answer."""
+    told, kept = delivery.CompletionProgress.completion, []
+
+    def stop(progress: delivery.CompletionProgress) -> None:
+        told(progress)
+        kept.append(progress)
+        if len(kept) == count:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(delivery.CompletionProgress, "completion", stop)
+
+
 def test_without_prompts_and_without_a_template(tmp_path: Path):
     """A model that is loaded before it is found that there is nothing to ask it, or no way to ask."""
     config = load_config(None, {"model.path": str(MODEL)})
     with pytest.raises(InputError, match=r"needs prompts.*--shipped-prompts"):
         regenerate(config, Wish(output=tmp_path / "out.jsonl"))
-    with pytest.raises(InputError, match=r"has no chat template.*--chat-template"):
-        regenerate(config, Wish(output=tmp_path / "out.jsonl", num_shipped=2))
+    for prompts in ({"num_shipped": 2}, {"num_own": 2}):
+        with pytest.raises(InputError, match=r"has no chat template.*--chat-template"):
+            regenerate(config, Wish(output=tmp_path / "out.jsonl", **prompts))
     assert os.listdir(tmp_path) == []
