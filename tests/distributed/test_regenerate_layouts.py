@@ -1,4 +1,4 @@
-"""Answers to a file of chats are the same at every layout, and one rank reads and writes."""
+"""Answers to a file of chats and to own prompts are the same at every layout, and one rank reads and writes."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def regenerate_at(folder: str, output: str, keys: dict[str, Any]) -> str:
         },
     )
     try:
-        regenerate(config, Wish(output=Path(output)))
+        regenerate(config, Wish(output=Path(output), num_own=4))
     except InputError as error:
         return str(error)
     return ""
@@ -71,6 +71,9 @@ def test_layouts_answer_the_same(world: Any, tmp_path: Path, monkeypatch: pytest
     assert world.run(regenerate_at, str(tmp_path), str(outputs / "four.jsonl"), keys) == [""] * 4
     one = (outputs / "one.jsonl").read_bytes()
     assert one == (outputs / "four.jsonl").read_bytes()
-    assert [json.loads(line)["id"] for line in one.splitlines()] == [1, 1, 2, 2, 4, 4]
+    records = [json.loads(line) for line in one.splitlines()]
+    own = [record for record in records if "id" not in record]
+    assert own and len({record["messages"][0]["content"] for record in own}) == len(own) // 2, "two answers to each"
+    assert [record["id"] for record in records if "id" in record] == [1, 1, 2, 2, 4, 4]
     assert world.run(regenerate_at, str(tmp_path), str(outputs / "replicas.jsonl"), {}) == [""] * 4
     assert one == (outputs / "replicas.jsonl").read_bytes()
