@@ -77,7 +77,12 @@ def _rates(given: list[str] | None, ways: tuple[str, ...]) -> dict[str, float]:
             raise InputError(
                 f"--lr takes a number, or WAY=NUMBER, got {word!r}; for example --lr exits=1e-3"
             ) from error
-        rates |= dict.fromkeys([way] if equals else [each for each in ways if WAYS[each].rate is not None], rate)
+        if not (tuned := [each for each in ways if WAYS[each].rate is not None and way in ("", each)]):
+            raise InputError(
+                f"--lr must be of a way that is tuned, and {word} is of none in --ways {','.join(ways)}; leave it out, or "
+                "add the way"
+            )
+        rates |= dict.fromkeys(tuned, rate)
     return rates
 
 

@@ -55,6 +55,10 @@ def _check_convert(args: argparse.Namespace, config: Config) -> None:
         raise InputError(
             f"--widen keeps heads as they are, and {', '.join(of_new)} is of new ones; leave one of them out"
         )
+    if of_a_fit := [key for key in made if key in ("tuning.fit_tokens", "tuning.micro_batch_size")]:
+        raise InputError(
+            f"--widen counts the tokens of texts and runs no model, and {', '.join(of_a_fit)} is of a fit; leave it out"
+        )
     if args.token_ids is not None and made:
         raise InputError(
             f"--token-ids names the tokens that join a list, and {', '.join(made)} chooses them by texts; leave one of "

@@ -208,6 +208,8 @@ def test_the_page_has_every_row(finished: tuple[Path, list[str], int]):
         (["--exit-layers", "4"], "--depth must leave 2 to 3 of the model's 4 layers"),
         (["--lr", "exits=fast"], "--lr takes a number"),
         (["--lr", "distil=1"], "--lr names 'distil', which is no way"),
+        (["--ways", "fitted,exits", "--lr", "fitted=1"], "fitted=1 is of none in --ways fitted,exits; leave it out"),
+        (["--ways", "fitted", "--lr", "1e-3"], "1e-3 is of none in --ways fitted; leave it out"),
         (["--trainable", "ears"], "tuning.trainable must be heads, lora"),
         (["--metric", "exact"], "--metric is of --task"),
         (["--task", "text.txt"], "--metric must be given once"),

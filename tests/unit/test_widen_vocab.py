@@ -146,6 +146,10 @@ def test_rows_that_join_go_through_the_map_that_a_fit_folded_into_the_others(
         (["--widen", "whole", "--output-vocab", "20", "--data", "text.txt"], ["none", "whole vocabulary"]),
         (["--widen", "exits"], ["new size", "--output-vocab"]),
         (["--widen", "exits", "--output-vocab", "20"], ["data.paths", "--token-ids"]),
+        (
+            ["--widen", "exits", "--output-vocab", "20", "--data", "text.txt", "--micro-batch-size", "0"],
+            ["tuning.micro_batch_size", "leave it out"],
+        ),
         (["--widen", "exits", "--output-vocab", "5", "--data", "text.txt"], ["more than the 5 tokens", "got 5"]),
         (["--widen", "exits", "--output-vocab", "257", "--data", "text.txt"], ["vocabulary of 257", "257"]),
         (["--widen", "exits", "--token-ids", "far.json"], ["vocabulary of 257", "300"]),
