@@ -163,7 +163,7 @@ class Engine:
             completion=completion,
             priority=priority,
             added_at=time.perf_counter(),
-            heard_segments=tuple(exits.index(layer) for layer in params.fusion.layers),
+            fused_segments=tuple(exits.index(layer) for layer in params.fusion.layers),
             uses_prefix_cache=not policy.has_draft_head,  # the head has its own keys and values
             grammar=self._grammar(len(prompt), params, stop_ids),
         )

@@ -80,7 +80,7 @@ class HeadRunner:
                 for each, row in zip(requests, scores, strict=True)
             ]
 
-    def hear(self, number: int, rows: list[RowPlan], states: PassStates, exit_input: ExitInput) -> None:
+    def keep_fused_logits(self, number: int, rows: list[RowPlan], states: PassStates, exit_input: ExitInput) -> None:
         """Keeps the logits of the exit behind segment `number` for tokens of `rows` that the final head will be asked
         about, now or (drafts) later.
         """
@@ -93,38 +93,38 @@ class HeadRunner:
             logits, _ = head.ask(self._input(number, rows, counts, states, exit_input))
             said = at_least_float32(token_logits(logits, head.vocab)).cpu().split(counts)
             for row, own in zip(rows, said, strict=True):
-                row.sequence.hear(number, row.sequence.num_computed[number], own.clone())
+                row.sequence.keep_fused_logits(number, row.sequence.num_computed[number], own.clone())
 
-    def num_heard(self, rows: list[RowPlan], stage: int) -> int:
+    def num_fused(self, rows: list[RowPlan], stage: int) -> int:
         """Returns the number of logits [v] of exits on earlier stages that `stage` gets for `rows`."""
-        return sum(len(self._heard_keys(row, stage)) for row in rows)
+        return sum(len(self._fused_keys(row, stage)) for row in rows)
 
-    def heard_message(self, rows: list[RowPlan], stage: int) -> Tensor:  # [num_heard, v]
+    def fused_message(self, rows: list[RowPlan], stage: int) -> Tensor:  # [num_fused, v]
         """Returns these logits, on the stage before. Those of a row that has left are arbitrary and never read."""
-        none = torch.zeros(self.stage.model.vocab.size, dtype=self.heard_dtype)
-        said = [row.sequence.heard.get(key, none) for row in rows for key in self._heard_keys(row, stage)]
+        none = torch.zeros(self.stage.model.vocab.size, dtype=self.fused_dtype)
+        said = [row.sequence.fused_logits.get(key, none) for row in rows for key in self._fused_keys(row, stage)]
         return torch.stack(said).to(self.stage.topology.device)
 
-    def take_heard(self, rows: list[RowPlan], stage: int, message: Tensor) -> None:  # [num_heard, v]
+    def take_fused(self, rows: list[RowPlan], stage: int, message: Tensor) -> None:  # [num_fused, v]
         """Keeps the logits that the stage before has sent."""
         said = iter(message.cpu())
         for row in rows:
-            for segment, place in self._heard_keys(row, stage):
-                row.sequence.hear(segment, place + 1, next(said)[None])
+            for segment, place in self._fused_keys(row, stage):
+                row.sequence.keep_fused_logits(segment, place + 1, next(said)[None])
 
     @property
-    def heard_dtype(self) -> torch.dtype:
+    def fused_dtype(self) -> torch.dtype:
         """The dtype of kept logits."""
         return torch.promote_types(self.stage.model.plan.dtype, torch.float32)
 
-    def _heard_keys(self, row: RowPlan, stage: int) -> list[tuple[int, int]]:
+    def _fused_keys(self, row: RowPlan, stage: int) -> list[tuple[int, int]]:
         """Returns the segments of stages before `stage`, and the places of the tokens that the final head is asked
         about.
         """
         stop = row.sequence.num_scheduled
         return [
             (segment, place)
-            for segment in row.sequence.heard_segments
+            for segment in row.sequence.fused_segments
             if self.stage.segments[segment].stage < stage
             for place in range(stop - row.num_asked, stop)
         ]
@@ -221,9 +221,9 @@ def _with_exits(request: SampleRequest, number: int, logits: Tensor) -> Tensor: 
     exits'.
     """
     sequence = request.sequence
-    if not sequence.heard_segments or number != sequence.last_segment:
+    if not sequence.fused_segments or number != sequence.last_segment:
         return logits
-    said = [sequence.heard[segment, request.length - 1] for segment in sequence.heard_segments]
+    said = [sequence.fused_logits[segment, request.length - 1] for segment in sequence.fused_segments]
     return fused_logits(logits, torch.stack(said), sequence.params.fusion)
 
 

@@ -65,16 +65,16 @@ class InFlightStep:
         heads, message = runner.heads, None
         if stage > 0 and own == stage - 1:
             self._link.send(runner.hand_over(self._rows, numbers[0], self._states))
-            if heads.num_heard(self._rows, stage):
-                self._link.send(heads.heard_message(self._rows, stage))
+            if heads.num_fused(self._rows, stage):
+                self._link.send(heads.fused_message(self._rows, stage))
         if own != stage:
             return None
         if stage > 0:
             count = sum([row.sequence.num_pending(numbers[0]) for row in self._rows])
             message = self._link.receive(count, runner.width_of_message(self._rows), runner.stage.model.plan.dtype)
-            if count := heads.num_heard(self._rows, stage):
-                said = self._link.receive(count, runner.stage.model.vocab.size, heads.heard_dtype)
-                heads.take_heard(self._rows, stage, said)
+            if count := heads.num_fused(self._rows, stage):
+                said = self._link.receive(count, runner.stage.model.vocab.size, heads.fused_dtype)
+                heads.take_fused(self._rows, stage, said)
         entering = runner.take_over(self._rows, numbers[0], message)
         outputs, self._states = runner.run(self._rows, numbers, entering, active=self._rows, fills=stage > 0)
         for output in outputs if runner.stage.model.plan.drafts else ():

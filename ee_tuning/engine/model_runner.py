@@ -128,9 +128,9 @@ class ModelRunner:
                 to_sample += self.heads.ask(last, asked, states, exit_input, outputs) if asked else []
                 self.heads.keep(last, states, asked)
                 # A draft is checked by the final head later.
-                heard = [row for row in active if row.is_heard(last)]
-                heard = [row for row in heard if row.sequence.speculates or outputs[row].segment == NOT_EXITED]
-                self.heads.hear(last, heard, states, exit_input)
+                fused = [row for row in active if row.is_fused_at(last)]
+                fused = [row for row in fused if row.sequence.speculates or outputs[row].segment == NOT_EXITED]
+                self.heads.keep_fused_logits(last, fused, states, exit_input)
             exited = [row for row in active if outputs[row].segment == last]
             active = [row for row in active if row not in exited and last < row.last_segment]
             if states is not None and last + 1 < len(self.stage.segments):
@@ -154,7 +154,7 @@ class ModelRunner:
         """
         for number in range(first, stop):
             if (
-                any([row.is_asked(number) or row.is_heard(number) for row in active])
+                any([row.is_asked(number) or row.is_fused_at(number) for row in active])
                 or any([row.last_segment == number or row.sequence.keeps_own(number) for row in members])
                 or any([row.sequence.num_pending(number + 1) for row in rows])
                 or (self.stage.segments[number].is_read and any([row.is_read for row in members]))

@@ -69,7 +69,7 @@ class NativeStage:
         return all([self._has_heads(row, numbers) for row in active])
 
     def _has_heads(self, row: RowPlan, numbers: range) -> bool:
-        if row.sequence.policy.measure != "max_probability" or row.sequence.heard_segments:
+        if row.sequence.policy.measure != "max_probability" or row.sequence.fused_segments:
             return False
         stop = min(numbers[-1], row.last_segment) + 1
         return all([n in self._whole for n in range(numbers[0], stop) if row.is_asked(n) and n in self._stage.heads])

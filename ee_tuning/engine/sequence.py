@@ -145,9 +145,9 @@ class Sequence:
     """Full blocks that are in the prefix cache."""
     uses_prefix_cache: bool = True
     unread: UnreadStates = field(default_factory=UnreadStates)
-    heard_segments: tuple[int, ...] = ()
+    fused_segments: tuple[int, ...] = ()
     """Segments whose exits keep their logits for tokens that the final head is asked about (`exit_fusion.py`)."""
-    heard: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+    fused_logits: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
     """(segment, place of a token) -> logits [v] of the exit behind the segment there, on the CPU."""
     grammar: GrammarState | None = field(default=None, repr=False)
     """Position of the completion in its structured output's grammar."""
@@ -243,13 +243,13 @@ class Sequence:
         """
         return self.num_arrived(segment) - self.num_computed[segment] if segment <= self.last_segment else 0
 
-    def hear(self, segment: int, stop: int, logits: Tensor) -> None:  # [n, v]
+    def keep_fused_logits(self, segment: int, stop: int, logits: Tensor) -> None:  # [n, v]
         """Keeps an exit's logits for the n tokens before place `stop`; drops those of tokens that the final head has
         answered.
         """
-        self.heard = {key: value for key, value in self.heard.items() if key[1] >= self.num_final - 1}
+        self.fused_logits = {key: value for key, value in self.fused_logits.items() if key[1] >= self.num_final - 1}
         for place, said in enumerate(logits, stop - len(logits)):
-            self.heard[segment, place] = said
+            self.fused_logits[segment, place] = said
 
     def add_drafts(self, tokens: Iterable[int], layer: int) -> None:
         """Adds drafts that `layer` made. Nothing is drafted behind a draft that would end the sequence."""

@@ -49,9 +49,9 @@ class RowPlan:
         """Whether the likeliest token is taken wherever the row leaves, and nothing more is requested."""
         return self.sequence.takes_likeliest(len(self.sequence.tokens) + 1 - max(self.num_asked, 1))
 
-    def is_heard(self, segment: int) -> bool:
+    def is_fused_at(self, segment: int) -> bool:
         """Whether the final head's answer depends on the exit behind a segment."""
-        return self.num_asked > 0 and segment in self.sequence.heard_segments
+        return self.num_asked > 0 and segment in self.sequence.fused_segments
 
     def is_asked(self, segment: int) -> bool:
         """Whether the head behind a segment is asked, if the row reaches it."""
