@@ -53,9 +53,11 @@ class UserTurn(NamedTuple):
     """The rendered text around a user's first message."""
 
     beginning: str
-    """Everything before the message, default system prompt and special tokens included."""
+    """Everything before the message, default system prompt and special tokens included, without spaces at its end: many
+    tokenizers have them in the tokens of the words behind them.
+    """
     end: str
-    """What closes the message: a special token, or the next line of the template. Empty where nothing does."""
+    """What closes the message: a special token, or the next line of the template."""
 
 
 class ChatTemplate:
@@ -124,18 +126,20 @@ class ChatTemplate:
 
     def user_turn(self) -> UserTurn:
         """Returns what the template has around a user's first message. Raises InputError where it does not render the
-        message as it is.
+        message as it is, or closes it with nothing.
         """
         said = "Is it so?"
         beginning, found, behind = self.render(
             [{"role": "user", "content": said}], add_generation_prompt=True
-        ).partition(said)
+        ).rpartition(said)
         if not found:
             raise InputError(f"the chat template does not show a user's message as it is; {_OTHER}")
         behind = behind.lstrip()
         special = [str(token) for token in self._tokenizer.added_tokens_decoder.values()]
         closing = max((token for token in special if token and behind.startswith(token)), key=len, default="")
-        return UserTurn(beginning, closing or behind.partition("\n")[0].rstrip())
+        if not (end := closing or behind.partition("\n")[0].rstrip()):
+            raise InputError(f"the chat template has nothing behind a user's message that would end it; {_OTHER}")
+        return UserTurn(beginning.rstrip(" "), end)
 
     @property
     def _place(self) -> str:

@@ -154,7 +154,9 @@ class Dialogues:
             self._break_off(dialogue, f"the model's {'answer' if question.own_prompt is None else 'prompt'} is empty")
         elif question.own_prompt is not None:
             if is_cut:
-                self._break_off(dialogue, f"the model's prompt has no end within {MOST_OF_A_PROMPT} tokens")
+                self._break_off(
+                    dialogue, f"the model's prompt has no end within {MOST_OF_A_PROMPT} tokens and its context"
+                )
             else:
                 dialogue.take_prompt(completion.text)
         elif is_cut and self._drops_cut:

@@ -32,16 +32,8 @@ class QuestionParams:
     ) -> "QuestionParams":
         """Reads `options` and the template; `has_own` tells whether there are prompts that the model writes."""
         text, ends = replace(params_of(options), n=1), stop_ids_of(llm, template)
-        end = template.user_turn().end if has_own else ""
-        prompt = SamplingParams(
-            max_tokens=MOST_OF_A_PROMPT,
-            temperature=1.0,
-            top_p=0.95,
-            seed=options.seed,
-            stop=(end,) if end else (),
-            stop_token_ids=ends,
-        )
-        return cls(replace(text, stop_token_ids=ends), text, prompt if has_own else None)
+        prompt = _prompt_params(template, ends, options.seed) if has_own else None
+        return cls(replace(text, stop_token_ids=ends), text, prompt)
 
     def job(self, question: Question) -> Job:
         """Returns the question as a request with a seed of its own: answers to one prompt are drawn independently, in
@@ -54,6 +46,17 @@ class QuestionParams:
             params = self.answer if question.is_rendered else self.text
             params = _with_seed_of(params, str(question.sample)) if question.sample else params
         return Job(question.text, params, FULL, adds_special_tokens=not question.is_rendered)
+
+
+def _prompt_params(template: ChatTemplate, ends_of_turn: tuple[int, ...], seed: int) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=MOST_OF_A_PROMPT,
+        temperature=1.0,
+        top_p=0.95,
+        seed=seed,
+        stop=(template.user_turn().end,),
+        stop_token_ids=ends_of_turn,
+    )
 
 
 def _with_seed_of(params: SamplingParams, name: str) -> SamplingParams:

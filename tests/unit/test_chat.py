@@ -487,10 +487,10 @@ def test_the_end_of_a_turn_is_the_template_s(
             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n",
             "<|im_end|>",
         ),
-        (INSTRUCT, "[INST] ", "[/INST]"),
+        (INSTRUCT, "[INST]", "[/INST]"),
+        ("Title: {{ messages[0]['content'] }}\n" + PLAIN, "Title: Is it so?\n### user\n", "### assistant"),
         (PLAIN, "### user\n", "### assistant"),
         (R1, "[INST]", "<|im_start|>"),
-        ("{% for m in messages %}{{ 'Q: ' + m['content'] }}{% endfor %}", "Q: ", ""),
     ],
 )
 def test_a_user_s_turn_is_what_the_template_has_around_it(
@@ -500,7 +500,16 @@ def test_a_user_s_turn_is_what_the_template_has_around_it(
     assert ChatTemplate(tokenizer, template).user_turn() == (beginning, end)
 
 
-def test_a_template_that_changes_what_a_user_says_has_no_user_s_turn(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Prompts written behind the whole of a rendered chat."""
-    with pytest.raises(InputError, match=r"does not show a user's message as it is; give another with --chat-template"):
-        ChatTemplate(tokenizer, "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}").user_turn()
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "does not show a user's message as it is"),
+        ("{% for m in messages %}{{ 'Q: ' + m['content'] + '\n' }}{% endfor %}", "nothing behind a user's message"),
+    ],
+)
+def test_a_template_without_a_user_s_turn_is_refused(
+    tokenizer: PreTrainedTokenizerFast, template: str, words: str
+) -> None:
+    """Prompts written behind the whole of a rendered chat; hours of prompts that never end."""
+    with pytest.raises(InputError, match=rf"{words}.*give another with --chat-template"):
+        ChatTemplate(tokenizer, template).user_turn()

@@ -249,7 +249,7 @@ def test_own_prompts_are_what_the_model_says_for_the_user(
     ).split()
     assert cli.main(drawn) == 0
     told = capsys.readouterr().err
-    assert re.search(r"left out own prompt \d+: the model's prompt has no end within 40 tokens", told)
+    assert re.search(r"left out own prompt \d+: the model's prompt has no end within 40 tokens and its context", told)
     records = records_of(output)
     by_prompt = {
         place: [each for each in records if prompt_place(each) == place] for place in map(prompt_place, records)
