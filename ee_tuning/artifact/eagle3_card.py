@@ -3,22 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ee_tuning.artifact.eagle3_engines import eagle3_engines
 from ee_tuning.artifact.tried_engines import tried_text
 from ee_tuning.checkpoint.model_card import engine_model, origin_text, shell_word, vocab_text
 from ee_tuning.json_file import to_json
+
+_READERS = "writes it as vLLM and SGLang load it, `--format speculators` as `vllm serve FOLDER` does."
 
 
 def eagle3_artifact_card(exits: Mapping[str, Any]) -> str:
     """Returns the card of an artifact, from its `exit_config.json`."""
     name = " ".join(str(exits["model_name"]).split())
+    given = f"--model {shell_word(name)} --exits THIS_FOLDER"
+    exported = [f"ee-tuning export --format eagle3 {given} --output FOLDER", "```", "", _READERS]
+    own = [f'ee-tuning generate {given} --policy speculative --prompt "…"', "```", "", "drafts with it."]
     return "\n".join(
         [
             *_beginning(name, exits),
             "```bash",
-            f"ee-tuning export --format eagle3 --model {shell_word(name)} --exits THIS_FOLDER --output FOLDER",
-            "```",
-            "",
-            "writes it as vLLM and SGLang load it, `--format speculators` as `vllm serve FOLDER` does.",
+            *(exported if eagle3_engines(exits["model_shape"]["family"]) else own),
             "",
             f"Bound to the model with fingerprint `{exits['model_fingerprint']}`. `ee-tuning verify` checks the files.",
             "",
@@ -33,15 +36,6 @@ def eagle3_card(name: str, exits: Mapping[str, Any], layout: str, num_steps: int
     name = " ".join(name.split())
     (word, what), family = engine_model(name, merging), exits["model_shape"]["family"]
     vllm = to_json({"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": num_steps})
-    sglang = [
-        "```bash",
-        f"python -m sglang.launch_server --model-path {word} --speculative-algorithm EAGLE3 \\",
-        f"    --speculative-draft-model-path THIS_FOLDER --speculative-num-steps {num_steps} \\",
-        f"    --speculative-eagle-topk 1 --speculative-num-draft-tokens {num_steps + 1}",
-        "```",
-        "",
-        "Not tried; the flags were read in the source of SGLang 0.5.23.",
-    ]
     own = [
         "```bash",
         "vllm serve THIS_FOLDER",
@@ -59,10 +53,31 @@ def eagle3_card(name: str, exits: Mapping[str, Any], layout: str, num_steps: int
         *([] if layout == "eagle3" else [*own, ""]),
         tried_text("vLLM", family),
         "",
-        *([*sglang, ""] if layout == "eagle3" else []),
+        *(_sglang(word, exits, num_steps) if layout == "eagle3" else []),
         *_llama_cpp(word, exits, num_steps),
     ]
     return "\n".join([*_beginning(name, exits), *commands])
+
+
+def _sglang(word: str, exits: Mapping[str, Any], num_steps: int) -> list[str]:
+    """Returns the command for SGLang, or the reason why it does not run this head."""
+    family, draft = exits["model_shape"]["family"], exits["draft"]
+    if "SGLang" not in eagle3_engines(family):
+        return [f"SGLang does not run this head: as of 0.5.23 it has no drafting layer for a `{family}`.", ""]
+    if draft.get("norm_before_residual"):
+        return ["SGLang does not compute this head: as of 0.5.23 it passes over `norm_before_residual`.", ""]
+    if exits["model_shape"]["num_layers"] in draft["aux_layers"]:
+        return ["SGLang does not run this head: as of 0.5.23 it hands out no states behind the last layer.", ""]
+    return [
+        "```bash",
+        f"python -m sglang.launch_server --model-path {word} --speculative-algorithm EAGLE3 \\",
+        f"    --speculative-draft-model-path THIS_FOLDER --speculative-num-steps {num_steps} \\",
+        f"    --speculative-eagle-topk 1 --speculative-num-draft-tokens {num_steps + 1}",
+        "```",
+        "",
+        "Not tried; the flags were read in the source of SGLang 0.5.23.",
+        "",
+    ]
 
 
 def _llama_cpp(word: str, exits: Mapping[str, Any], num_steps: int) -> list[str]:

@@ -69,7 +69,8 @@ def published_config(
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": num_steps}],
             "verifier": {"name_or_path": verifier, "architectures": huggingface_config(model)["architectures"]},
         },
-        "transformer_layer_config": layer,
+        # vLLM reads the number of states for a llama's head here, and takes it for three where it is missing.
+        "transformer_layer_config": {**layer, "num_aux_hidden_states": len(draft.aux_layers)},
         "draft_vocab_size": draft_vocab_size or model.vocab_size,
         **shared,
     }
@@ -116,6 +117,18 @@ def read_published_config(raw: Any, path: Path, model: ModelConfig) -> DraftSpec
         rope=own.rope,
         **{name: _variant(raw, path, name) for name in _VARIANTS},
     )
+
+
+def check_vocab_size(raw: dict[str, Any], path: Path, num_tokens: int) -> None:
+    """Raises InputError where a published config.json tells another number of draft tokens than the head has:
+    `num_tokens`. Engines size the output matrix by it.
+    """
+    told = raw.get("draft_vocab_size")
+    if told is not None and (type(told) is not int or told != num_tokens):
+        raise InputError(
+            f"{path}: draft_vocab_size must be {num_tokens}, the number of tokens that the head's {D2T} or, without one, the "
+            f"model has, got {told!r:.60}; fetch the head's files again"
+        )
 
 
 def _is_speculators(raw: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.artifact.eagle3_card import eagle3_card
+from ee_tuning.artifact.eagle3_engines import eagle3_engines
 from ee_tuning.artifact.exit_config import exit_config_tree
 from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.checkpoint.hub import hub_name
@@ -35,6 +36,7 @@ def export_eagle3(config: Config, output: Path, layout: Layout, *, overwrite: bo
     check_target(config, output, overwrite, MARKS)
     with open_for_export(config, None) as model:
         assert model.artifact is not None and model.artifact.config.draft is not None
+        _check_engines(model.model.family, layout)
         tensors = PublishedTensors(model.artifact, layout, model.model.vocab_size)
         described = _config(config, model, layout)
         tree = exit_config_tree(model.artifact.config)
@@ -47,6 +49,18 @@ def export_eagle3(config: Config, output: Path, layout: Layout, *, overwrite: bo
             (partial / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
 
         write_folder(model, backbone_files(tensors, files), output, None, complete)
+
+
+def _check_engines(family: str, layout: Layout) -> None:
+    """Raises InputError where no engine that reads the layout takes a head for a model of `family`."""
+    engines = eagle3_engines(family)
+    if engines if layout == "eagle3" else "vLLM" in engines:
+        return
+    whose = "vLLM and SGLang" if layout == "eagle3" else "vLLM"
+    raise InputError(
+        f"--format {layout} writes heads for {whose}, where a {family} takes none (vLLM 0.32.0, SGLang 0.5.23); draft with it "
+        "here, by ee-tuning generate --policy speculative"
+    )
 
 
 class PublishedTensors(TensorSource):

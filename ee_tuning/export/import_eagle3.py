@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,18 @@ from ee_tuning.checkpoint.gguf_file import GgufReader
 from ee_tuning.checkpoint.names import embedding_name
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
-from ee_tuning.export.eagle3_layout import D2T, EMBEDDING, OUTPUT, T2D, artifact_part, read_published_config
+from ee_tuning.export.eagle3_layout import (
+    D2T,
+    EMBEDDING,
+    OUTPUT,
+    T2D,
+    artifact_part,
+    check_vocab_size,
+    read_published_config,
+)
 from ee_tuning.json_file import read_json
 from ee_tuning.model_config.config import ModelConfig
+from ee_tuning.storage.non_finite import check_finite
 from ee_tuning.storage.safetensors_reader import SafetensorsFolder
 from ee_tuning.storage.tensor_blocks import paired_blocks
 
@@ -32,9 +42,12 @@ def import_eagle3(config: Config, folder: Path, output: Path, *, overwrite: bool
     reader, model, _ = open_model(config.model)
     with reader:
         reader.check_complete(model)
-        draft = read_published_config(_read(folder / "config.json"), folder / "config.json", model)
+        path = folder / "config.json"
+        described = _read(path)
+        draft = read_published_config(described, path, model)
         with SafetensorsFolder(folder, "model") as head:
             published = _Published(head, model)
+            check_vocab_size(described, path, len(published.token_ids) or model.vocab_size)
             published.check_embedding(reader)
             exits = ExitHeadsConfig(
                 exit_layers=(model.num_layers,),
@@ -95,7 +108,7 @@ class _Published:
             part = name.removeprefix(prefix)
             source = self._names.get(part, part)
             self._head.check_shape(source, shape)
-            values = self._head.full(source)
+            values = check_finite(self._head.folder, source, self._head.full(source))
             yield name, values[self._order] if part == "output.weight" and self._order is not None else values
 
     def _read_vocabulary(self) -> tuple[tuple[int, ...], Tensor | None]:
@@ -107,9 +120,9 @@ class _Published:
         if not self.has_output:
             raise InputError(f"{self._head.folder} holds {D2T} and no {OUTPUT}, whose rows it describes")
         offsets = self._head.full(D2T)
-        if offsets.dim() != 1 or offsets.dtype not in (torch.int64, torch.int32):
+        if offsets.dim() != 1 or not len(offsets) or offsets.dtype not in (torch.int64, torch.int32):
             raise InputError(
-                f"{self._head.folder}: {D2T} must be a row of whole numbers, got {list(offsets.shape)} of {offsets.dtype}"
+                f"{self._head.folder}: {D2T} must be a row of whole numbers, at least one, got {list(offsets.shape)} of {offsets.dtype}"
             )
         ids, order = (offsets.long() + torch.arange(len(offsets))).sort()
         wrong = ids[(ids < 0) | (ids >= self._model.vocab_size)]
@@ -138,7 +151,7 @@ def _is_quantized(reader: BackboneSource, name: str) -> bool:
     return isinstance(base, GgufReader) and base.is_quantized(name)
 
 
-def _read(path: Path) -> object:
+def _read(path: Path) -> Any:
     try:
         return read_json(path)
     except OSError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from shlex import quote
 
 from ee_tuning.artifact.convert import convert
+from ee_tuning.artifact.eagle3_engines import eagle3_engines
 from ee_tuning.artifact.load import load_for_tuning
 from ee_tuning.artifact.shapes import as_tuned, with_seq_length
 from ee_tuning.checkpoint.formats import is_huggingface, read_shape
@@ -107,10 +108,12 @@ def _next_command(config: Config, tuner: Tuner) -> str:
     if not tuner.exits_config.exit_layers:
         return f"ee-tuning export --format hf {given} --output FOLDER"
     given += f" --exits {quote(str(tuner.run_folder / EXIT_HEADS))}"
-    if tuner.exits_config.draft is not None:
+    exits = tuner.exits_config
+    if exits.draft is not None and eagle3_engines(exits.model_shape["family"]):
         layout = "speculators" if is_huggingface(config.model.path) and not adapter else "eagle3"
         return f"ee-tuning export --format {layout} {given} --output FOLDER"
     policy = "--budget 0.5" if config.exits.shares_head else "--threshold 0.8 --show-exits"
+    policy = policy if exits.draft is None else "--policy speculative"
     return f'ee-tuning generate {given} {policy} --prompt "…"'
 
 

@@ -106,7 +106,7 @@ def test_vllm_finds_every_parameter_under_its_name(model: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("layout", ["eagle3", "speculators"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
 def test_a_head_comes_back_as_it_was_exported(tmp_path: Path, family: str, layout: str) -> None:
     """A name, a variant, a layer count or a row of the output matrix that one direction gets wrong."""
     random_model(family, tmp_path / "model")
@@ -120,10 +120,11 @@ def test_a_head_comes_back_as_it_was_exported(tmp_path: Path, family: str, layou
         assert other.config.token_ids == LISTED and other.config.init == "published"
 
 
-def facts(family: str = "llama", **draft: bool) -> dict[str, Any]:
+def facts(family: str = "llama", **draft: Any) -> dict[str, Any]:
     """What a card reads of exit_config.json."""
     shared = {"dtype": "float32", "init": "copy", "seed": 1, "tuned": None}
-    return {**shared, "model_shape": {"family": family}, "draft": {"aux_layers": [1, 3, 5], **draft}}
+    shape = {"family": family, "num_layers": 6}
+    return {**shared, "model_shape": shape, "draft": {"aux_layers": [1, 3, 5], **draft}}
 
 
 @pytest.mark.parametrize("variant", ["", "fc_norm", "norm_output"])
@@ -146,6 +147,46 @@ def test_the_card_tells_what_was_tried(family: str) -> None:
         assert card.count(f"Not tried with a `{family}`") == (0 if family == "llama" else 2)
         assert ("Not tried; the flags were read in the source of SGLang" in card) == ("sglang" in card)
         assert ("vllm serve THIS_FOLDER" in card) == (layout == "speculators")
+
+
+@pytest.mark.parametrize(
+    ("family", "draft", "reason"),
+    [
+        ("llama", {}, ""),
+        ("qwen3_moe", {}, "no drafting layer for a `qwen3_moe`"),
+        ("llama", {"norm_before_residual": True}, "passes over `norm_before_residual`"),
+        ("llama", {"aux_layers": [1, 3, 6]}, "no states behind the last layer"),
+    ],
+)
+def test_the_card_has_sglang_only_for_heads_that_it_runs(family: str, draft: dict[str, Any], reason: str) -> None:
+    """A server that does not start, or that drafts with another head's layer and has nothing accepted."""
+    card = eagle3_card("org/model", facts(family, **draft), "eagle3", 3)
+    assert ("sglang.launch_server" in card) == (not reason) and reason in card
+
+
+def test_a_head_that_no_engine_takes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder whose commands fail in vLLM and in SGLang after the model has been loaded there."""
+    random_model("mixtral", tmp_path / "model")
+    head = write_head(tmp_path / "model", tmp_path / "head", LISTED)
+    capsys.readouterr()
+    for layout in ("eagle3", "speculators"):
+        words = ["export", "--format", layout, "--model", str(tmp_path / "model"), "--exits", str(head)]
+        assert main([*words, "--output", str(tmp_path / "out")]) == 2
+        told = capsys.readouterr().err.strip()
+        assert "\n" not in told and "a mixtral takes none" in told and "--policy speculative" in told
+    assert not (tmp_path / "out").exists() and "--policy speculative" in (head / "README.md").read_text()
+
+
+def test_vllm_is_told_how_many_states_a_head_reads(model: Path, tmp_path: Path) -> None:
+    """A head of two layers' states that vLLM gives room for three: it reads the number of the layer's config."""
+    words = ["convert", "--model", str(model), "--architecture", "eagle3", "--aux-layers", "2,5"]
+    assert main([*words, "--output", str(tmp_path / "head")]) == 0
+    config = export(model, tmp_path / "head", tmp_path / "out", "speculators")
+    assert config["transformer_layer_config"]["num_aux_hidden_states"] == 2
+    assert (
+        main(["convert", "--model", str(model), "--eagle3", str(tmp_path / "out"), "--output", str(tmp_path / "back")])
+        == 0
+    )
 
 
 def test_a_tied_output_matrix_is_left_to_the_engine(model: Path, tmp_path: Path) -> None:
@@ -220,7 +261,7 @@ def test_the_next_command_of_a_run_is_one_that_works(stored: dict[str, tuple[str
     forms = {"folder": ("--model", str(model)), "hub": ("--model", "org/name@main"), **stored}
     for form, flags in forms.items():
         keys = dict(zip(("model.path", "model.adapter"), flags[1::2], strict=False))
-        exits = SimpleNamespace(exit_layers=(6,), draft=object())
+        exits = SimpleNamespace(exit_layers=(6,), draft=object(), model_shape={"family": "llama"})
         tuner: Any = SimpleNamespace(backbone=None, run_folder=Path("runs/draft"), exits_config=exits)
         layout = "speculators" if form in ("folder", "hub") else "eagle3"
         wanted = f"ee-tuning export --format {layout} {' '.join(flags)} --exits runs/draft/exit_heads --output FOLDER"
@@ -254,6 +295,11 @@ def change_tensor(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     ("break_head", "words"),
     [
         (lambda folder: change_config(folder, vocab_size=99), ["vocab_size", "101", "99"]),
+        (lambda folder: change_config(folder, draft_vocab_size=50), ["draft_vocab_size must be 7", "50"]),
+        (lambda folder: change_config(folder, draft_vocab_size="7"), ["draft_vocab_size must be 7", "'7'"]),
+        (lambda folder: change_tensor(folder, "d2t", None), ["draft_vocab_size must be 101", "7"]),
+        (lambda folder: change_tensor(folder, "d2t", torch.zeros(0, dtype=torch.int64)), ["d2t", "at least one"]),
+        (lambda folder: change_tensor(folder, "norm.weight", torch.full((48,), torch.nan)), ["norm.weight", "NaN"]),
         (lambda folder: change_config(folder, hidden_size=64), ["hidden_size", "48", "64"]),
         (lambda folder: change_config(folder, target_hidden_size=64), ["target_hidden_size", "48", "64"]),
         (lambda folder: change_config(folder, architectures=["LlamaForCausalLM"]), ["EAGLE-3"]),
