@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from ee_tuning import cli
 from ee_tuning.artifact.tried_engines import TRIED
 from ee_tuning.export import export_draft
 from ee_tuning.export.check import exit_logits
+from ee_tuning.model_config.families import Family
 from ee_tuning.storage.manifest import write_manifest
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
@@ -57,10 +58,16 @@ KINDS = [
     ("llama", "mlp", "tied", {}),
     ("llama", "linear", "tied", {"tie_word_embeddings": True}),
     ("llama", "layer", "untied", {"attention_bias": True}),
+    ("mistral", "norm", "untied", {}),
+    ("mistral", "linear", "tied", {}),
     ("mistral", "mlp", "untied", {}),
     ("mistral", "layer", "tied", {}),
+    ("qwen2", "norm", "tied", {}),
+    ("qwen2", "mlp", "tied", {}),
     ("qwen2", "layer", "untied", {"layer_types": ["full_attention"] * 6}),
     ("qwen2", "linear", "untied", {}),
+    ("qwen3", "norm", "untied", {}),
+    ("qwen3", "linear", "untied", {}),
     ("qwen3", "mlp", "untied", {}),
     ("qwen3", "layer", "tied", {}),
     ("gpt2", "norm", "untied", {}),
@@ -68,11 +75,19 @@ KINDS = [
     ("gpt2", "mlp", "tied", {}),
     ("gpt2", "layer", "untied", {}),
     ("mixtral", "norm", "tied", {}),
+    ("mixtral", "linear", "untied", {}),
     ("mixtral", "layer", "untied", {}),
     ("qwen3_moe", "norm", "untied", {}),
+    ("qwen3_moe", "linear", "tied", {}),
     ("qwen3_moe", "layer", "tied", {}),
     ("qwen3_moe", "layer", "untied", {"mlp_only_layers": [5]}),
 ]
+
+
+def test_every_family_is_there_with_every_kind():
+    """A family that cards and docs call tried with each kind, and that lacks one."""
+    dense = {(family, kind) for family in get_args(Family) for kind in ("norm", "linear", "mlp", "layer")}
+    assert {(family, kind) for family, kind, *_ in KINDS} == dense - {(family, "mlp") for family in WITH_EXPERTS}
 
 
 @pytest.mark.parametrize(
