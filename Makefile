@@ -13,14 +13,15 @@ INSTALLED_DOCS := $(VENV)/.installed-docs
 HAS_TRITON := import sys; from importlib.util import find_spec; sys.exit(sys.version_info >= (3, 12) and find_spec("triton") is None)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo demo-llm test test-fast test-engines test-browser test-slurm test-nodes test-versions image-test stress quality shape docs clean
+.PHONY: help install install-dev demo demo-llm test test-fast test-engines test-speculators test-browser test-slurm test-nodes test-versions image-test stress quality shape docs clean
 
 help:
 	@echo "make demo        convert, tune and decode the small model that ships with this project; runs/demo/report.json"
 	@echo "make demo-llm    the same and more with a real LLM of 135M parameters, a quarter of an hour; runs/demo-llm/report.json"
 	@echo "make test        all tests, on the CPU"
 	@echo "make test-fast   the quick ones of tests/unit, within a minute on two cores"
-	@echo "make test-engines exits as drafts in the real vLLM, on the CPU: 3 GB to install, a quarter of an hour; docs/engines.md"
+	@echo "make test-engines exits as drafts in the real vLLM, on the CPU: 3 GB to install, most of an hour; docs/engines.md"
+	@echo "make test-speculators EAGLE-3 heads in the speculators library's own module: a minute, a few MB; docs/drafting.md"
 	@echo "make test-browser the server's page in a real Chromium, by Playwright; pictures of it in build/page"
 	@echo "make test-slurm  the examples' scripts on a Slurm of two nodes, which it starts on this machine; as root, on Debian"
 	@echo "make test-nodes  torchrun over two nodes in network namespaces, with cut and slow cables; as root"
@@ -84,6 +85,21 @@ $(ENGINES_STAMP):
 test-engines: $(INSTALLED_DEV) $(ENGINES_STAMP)
 	EE_TUNING_ENGINES=$(CURDIR)/$(ENGINES)/bin/python $(BIN)/python -m pytest -s tests/engines
 
+# The library asks for an older transformers than tests run with, and for torchvision and torchaudio, which its drafters do not import. So it
+# gets an environment that sees .venv's packages and changes none of them. An import that fails would be a test that is skipped.
+SPECULATORS := .venv-speculators
+SPECULATORS_STAMP := $(SPECULATORS)/.installed
+$(SPECULATORS_STAMP): $(INSTALLED_DEV)
+	$(BIN)/python -m venv $(SPECULATORS)
+	$(BIN)/python -c 'import site; [print(f"import site; site.addsitedir({each!r})") for each in site.getsitepackages()]' \
+		> $$($(SPECULATORS)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/packages-of-tests.pth
+	$(SPECULATORS)/bin/python -m pip install --disable-pip-version-check --no-deps speculators==0.9.0 hs-connectors==0.9.0 loguru==0.7.3
+	@touch $(SPECULATORS_STAMP)
+
+test-speculators: $(SPECULATORS_STAMP)
+	$(SPECULATORS)/bin/python -c 'import speculators.models.eagle3, speculators.utils.loading'
+	$(SPECULATORS)/bin/python -m pytest tests/unit/test_eagle3.py tests/unit/test_eagle3_layout.py -k speculators_own
+
 test-browser: $(INSTALLED_DEV)
 	@command -v chromium >/dev/null || (apt-get update && apt-get install --yes --no-install-recommends chromium)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'playwright>=1.50,<2'
@@ -120,4 +136,4 @@ docs: $(INSTALLED_DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(ENGINES) build/site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINES) $(SPECULATORS) build/site *.egg-info .pytest_cache .mypy_cache .ruff_cache
