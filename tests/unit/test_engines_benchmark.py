@@ -1,11 +1,16 @@
-"""The benchmark of engines refuses what it was not tried with, before minutes of work."""
+"""The benchmark of engines, and their tests, refuse what they were not tried with, before minutes of work."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import engines
 import pytest
 
 from ee_tuning.errors import InputError
+
+ROOT = Path(__file__).parents[2]
 
 
 def python_with(folder: Path, version: str) -> Path:
@@ -30,6 +35,25 @@ def test_an_engine_of_an_untried_version_is_refused(tmp_path: Path, version: str
     assert named in str(error.value) and "\n" not in str(error.value)
     if version:
         engines.check_version(python, any_version=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["0.31.0", ""])
+def test_the_tests_of_engines_end_with_one_line_where_the_version_is_untried(tmp_path: Path, version: str) -> None:
+    """A traceback after an engine's run, and after that the same for each of its tests."""
+    python = python_with(tmp_path, version)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / "engines"],
+        env={**os.environ, "EE_TUNING_ENGINES": str(python)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    told = [line for line in done.stdout.split("\n") if "Exit" in line]
+    wanted = (version, engines.VERSION, ".venv-engines") if version else ("EE_TUNING_ENGINES",)
+    assert done.returncode == 2 and len(told) == 1, done.stdout
+    assert all(word in told[0] for word in (*wanted, "make test-engines")), told
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_no_python_at_all_is_refused(tmp_path: Path) -> None:
