@@ -11,6 +11,9 @@ from typing import Any, Literal
 from ee_tuning.errors import InputError
 from ee_tuning.model_config.config import ModelConfig, RopeConfig
 
+FEWEST_LAYERS = 7
+"""Fewest layers of a model whose default layers (`default_aux_layers`) increase without repeats."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DraftSpec:
@@ -63,7 +66,10 @@ class DraftSpec:
 
 
 def default_aux_layers(num_layers: int) -> tuple[int, ...]:
-    """Returns a low, a middle and a high layer, as vLLM's and SGLang's models choose them: 2, half, all but three."""
+    """Returns a low, a middle and a high layer, as vLLM's and SGLang's models choose them: 2, half, all but three.
+
+    Models of fewer than FEWEST_LAYERS layers have no such three.
+    """
     return (2, num_layers // 2, num_layers - 3)
 
 
@@ -82,10 +88,10 @@ def draft_spec(model: ModelConfig, aux_layers: tuple[int, ...]) -> DraftSpec:
             f"exits.architecture = eagle3 needs a backbone with rotary positions, RMSNorm and SiLU, and a {model.family} has "
             "others; engines have no such drafting layer; use another architecture"
         )
-    if not aux_layers and model.num_layers < 6:
+    if not aux_layers and model.num_layers < FEWEST_LAYERS:
         raise InputError(
             f"the model's {model.num_layers} layers are too few for the usual low, middle and high one (2, half, all but "
-            "three); name them with --aux-layers, for example --aux-layers 1,2,3"
+            f"three), which take {FEWEST_LAYERS}; name them with {_example(model.num_layers)}"
         )
     layers = aux_layers or default_aux_layers(model.num_layers)
     check_aux_layers(layers, model.num_layers)
@@ -107,14 +113,19 @@ def check_aux_layers(layers: tuple[int, ...], num_layers: int) -> None:
     if outside or not layers:
         raise InputError(
             f"exits.aux_layers must lie in 0..{num_layers} (0 is the word embedding), got "
-            f"{outside[0] if outside else 'none'}; for example --aux-layers "
-            f"{','.join(map(str, default_aux_layers(max(num_layers, 6))))}"
+            f"{outside[0] if outside else 'none'}; for example {_example(num_layers)}"
         )
     if list(layers) != sorted(set(layers)):
         raise InputError(
             f"exits.aux_layers must increase without repeats, got {','.join(map(str, layers))}; write "
             f"{','.join(map(str, sorted(set(layers))))}"
         )
+
+
+def _example(num_layers: int) -> str:
+    """Returns a flag that a model of so many layers takes."""
+    usual = default_aux_layers(num_layers) if num_layers >= FEWEST_LAYERS else {1, num_layers // 2, num_layers - 1}
+    return f"--aux-layers {','.join(map(str, sorted(usual)))}"
 
 
 def draft_tree(spec: DraftSpec) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ee_tuning.checkpoint.model_size import parameters_by_part, tensor_parts
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.config import Architecture
 from ee_tuning.export.plain_exit import plain_exit
-from ee_tuning.model.draft_spec import can_draft, draft_spec
+from ee_tuning.model.draft_spec import FEWEST_LAYERS, can_draft, draft_spec
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model_config.config import ModelConfig
 
@@ -109,7 +109,7 @@ def ways(model: ModelConfig, name: str, ttt_steps: int, *, loads_in_engines: boo
     outputs = ["tied", "untied", *(["shortlist"] if model.vocab_size > 2 * SHORTLIST else [])]
     found = [_threshold(model, sizes, name, output) for output in outputs]
     found += [_own_drafts(model, sizes, name), _draft_model(model, sizes, name, (*written, f"vllm serve {served}"))]
-    if can_draft(model) and model.num_layers >= 6:
+    if can_draft(model) and model.num_layers >= FEWEST_LAYERS:
         tune, *engine = _eagle3_commands(model, name, served)
         found.append(_eagle3(model, sizes, ttt_steps, (tune, *written, *engine)))
     return found

@@ -142,6 +142,15 @@ def test_the_check_of_drafts_reads_the_experts_of_all_of_them():
     assert exit_.speed_ups[1] == speed_up_by_drafts(0.7, exit_.step, sizes.checks) < speed_up_by_drafts(0.7, exit_.step)
 
 
+@pytest.mark.parametrize("num_layers", range(1, 10))
+def test_models_of_few_layers_are_advised(tmp_path, capsys, num_layers):
+    """No table for a model of 6 layers, among which the default layers of an EAGLE-3 head, 2, 3 and 3, repeat."""
+    tree = json.loads((EXAMPLES / "llama-3.1-8b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**tree, "num_hidden_layers": num_layers}))
+    assert cli.main(["advise", "--model", str(tmp_path)]) == 0
+    assert ("EAGLE-3 head," in capsys.readouterr().out) == (num_layers >= 7)
+
+
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-2-70b", "qwen2.5-7b", "tiny-python-llama"])
 def test_commands_that_are_told_can_be_typed(name):
     """Advice with a flag that a command does not know."""

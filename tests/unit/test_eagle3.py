@@ -1,5 +1,6 @@
 """The drafting head of EAGLE-3, against a drafter written down plainly, token by token, and a published one."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ from random_models import random_model
 from torch import Tensor
 
 from ee_tuning.config import ParallelSection
+from ee_tuning.errors import InputError
 from ee_tuning.model.documents import PackedDocuments
-from ee_tuning.model.draft_spec import DraftSpec
+from ee_tuning.model.draft_spec import FEWEST_LAYERS, DraftSpec, draft_spec
 from ee_tuning.model.eagle3 import Eagle3Head
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model_config.config import RopeConfig
+from ee_tuning.model_config.config import RopeConfig, read_model_config
 from ee_tuning.parallel.topology import init_parallel
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 # s sequence · b rows · h hidden · k steps · v vocabulary
 AUX = (1, 3, 5)
 
@@ -180,3 +183,20 @@ def test_logits_are_those_of_speculators_own_module(tmp_path: Path, variant: str
         published(states.transpose(0, 1), tokens[:, :s], torch.zeros(1, s, dtype=torch.long), ttt_steps=k)
     for step in range(k):  # it pads the row with token 0, so the last tokens' later drafts are of another text
         torch.testing.assert_close(got[: s - step, step], said[step][0, : s - step], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_layers", range(1, 9))
+def test_too_few_layers_are_refused_with_layers_that_are_taken(num_layers):
+    """A model of 6 layers whose default layers, 2, 3 and 3, pass as three, and an example that is itself refused."""
+    model = dataclasses.replace(read_model_config(EXAMPLES / "llama-3.1-8b"), num_layers=num_layers)
+    if num_layers >= FEWEST_LAYERS:
+        assert draft_spec(model, ()).aux_layers == (2, num_layers // 2, num_layers - 3)
+    else:
+        with pytest.raises(InputError, match=rf"the model's {num_layers} layers are too few") as refusal:
+            draft_spec(model, ())
+        told = tuple(map(int, str(refusal.value).rpartition("--aux-layers ")[2].split(",")))
+        assert draft_spec(model, told).aux_layers == told
+    with pytest.raises(InputError, match=r"must lie in 0\.\.") as refusal:
+        draft_spec(model, (num_layers + 1,))
+    told = tuple(map(int, str(refusal.value).rpartition("--aux-layers ")[2].split(",")))
+    assert draft_spec(model, told).aux_layers == told
