@@ -42,6 +42,11 @@ def parameters_per_layer(config: ModelConfig) -> dict[str, Parts]:
     return {"each layer" if len(kinds) == 1 else f"layer {layer} and its like": sums for layer, sums in kinds.values()}
 
 
+def cached_per_token(config: ModelConfig, num_layers: int) -> int:
+    """Returns the elements of keys and values that `num_layers` layers of that shape hold for each token of context."""
+    return 2 * num_layers * config.num_query_groups * config.kv_channels
+
+
 def largest_group_parameters(config: ModelConfig) -> int:
     """Returns the size of the largest group of tensors used together: a layer, the embedding, or the output matrix."""
     whole = parameters_by_part(config)

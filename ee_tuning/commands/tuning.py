@@ -82,8 +82,8 @@ def plan(args: argparse.Namespace) -> int:
     _warn_unused(args, config)
     if args.cluster is not None:
         return _plan_layouts(args, config)
-    from ee_tuning.planning.gpus import gpu
-    from ee_tuning.planning.plan import EFFICIENCY, GPUS_PER_NODE, Cluster, make_plan, smallest_plan
+    from ee_tuning.planning.gpus import GPUS_PER_NODE, gpu
+    from ee_tuning.planning.plan import EFFICIENCY, Cluster, make_plan, smallest_plan
     from ee_tuning.planning.report import print_plan
 
     chosen = gpu(args.gpu or "h100", **{name: getattr(args, flag) for name, flag in _FIGURES.items()})
@@ -109,8 +109,7 @@ def _plan_layouts(args: argparse.Namespace, config: Config) -> int:
     from ee_tuning.planning.layouts_text import print_layouts
 
     def tell(layout: Layout) -> None:
-        if sys.stderr.isatty():
-            print(f"\rplanned tensor {layout.tensor} × pipeline {layout.pipeline} \033[K", end="", file=sys.stderr)
+        _tell(f"planned tensor {layout.tensor} × pipeline {layout.pipeline} ")
 
     parallel = config.parallel
     given = {
@@ -119,9 +118,14 @@ def _plan_layouts(args: argparse.Namespace, config: Config) -> int:
         if f"parallel.{size}_model_parallel_size" in args.overrides
     }
     found = layouts(config, read_cluster(args.cluster), **given, on_layout=tell)
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr)
+    _tell("")
     return 0 if print_layouts(config, found, as_json=args.json) else 1
+
+
+def _tell(text: str) -> None:
+    """Shows what is under way in the terminal's last line."""
+    if sys.stderr.isatty():
+        print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _warn_unused(args: argparse.Namespace, config: Config) -> None:
@@ -172,28 +176,34 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def advise(args: argparse.Namespace) -> None:
     """Prints what each way to decode a model faster would cost and could gain."""
     config = job_of(args)
+    from ee_tuning.artifact.shapes import with_seq_length
     from ee_tuning.checkpoint.formats import is_huggingface, read_shape
+    from ee_tuning.planning.advice_commands import commands_of, run_of
     from ee_tuning.planning.advice_text import print_advice
     from ee_tuning.planning.advise import ways
+    from ee_tuning.planning.fewest_gpus import FewestGpus
     from ee_tuning.planning.gpus import gpu
     from ee_tuning.tuning.settings import check_settings
 
     check_settings(config.tuning)
-    chosen = gpu(args.gpu, tflops=args.tflops, bandwidth=args.bandwidth)
+    chosen = gpu(args.gpu, memory=args.gpu_memory, tflops=args.tflops, bandwidth=args.bandwidth)
     if args.tokens < 1 or not 0 < args.efficiency <= 1:
         raise InputError(
             f"--tokens must be at least 1 and --efficiency in (0, 1], got {args.tokens} and {args.efficiency:g}"
         )
     model = read_shape(config.model, needs_weights=False)
-    found = ways(
-        model,
-        quote(config.model.path),
-        config.tuning.ttt_steps,
+    known = with_seq_length(config, model)
+    run = run_of(known.tuning, args.tokens)
+    commands = commands_of(
+        config.model,
+        config.tuning,
+        run,
         loads_in_engines=is_huggingface(config.model.path) and not config.model.adapter,
+        gpus=FewestGpus(known, model, chosen, on_plan=lambda num_gpus: _tell(f"dry run on {num_gpus} {chosen.name} ")),
     )
-    print_advice(
-        model, config.model.path, found, chosen, tokens=args.tokens, efficiency=args.efficiency, as_json=args.json
-    )
+    found = ways(model, commands, config.tuning.ttt_steps)
+    _tell("")
+    print_advice(model, config.model.path, found, chosen, run=run, efficiency=args.efficiency, as_json=args.json)
 
 
 def _add_advise(parser: argparse.ArgumentParser) -> None:
@@ -204,6 +214,7 @@ def _add_advise(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="GPU, with the peak figures of its data sheet: h100, h200, a100, rtx4090 or l4 (default %(default)s)",
     )
+    parser.add_argument("--gpu-memory", type=float, metavar="X", help="GB of its memory, in place of that figure")
     parser.add_argument("--tflops", type=float, metavar="X", help="10¹² bfloat16 operations a second, in its place")
     parser.add_argument("--bandwidth", type=float, metavar="X", help="GB/s of the memory, in its place")
     parser.add_argument(
@@ -214,7 +225,11 @@ def _add_advise(parser: argparse.ArgumentParser) -> None:
         help="share of its peak rate that a GPU is assumed to reach (default %(default)s)",
     )
     parser.add_argument(
-        "--tokens", type=int, default=100_000_000, metavar="N", help="tokens of tuning (default %(default)s)"
+        "--tokens",
+        type=int,
+        default=100_000_000,
+        metavar="N",
+        help="tokens of tuning, rounded up to whole steps (default %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
@@ -289,7 +304,8 @@ The exit code is 1 where the job does not fit.""",
   ee-tuning advise --model examples/llama-2-70b --gpu h200 --tokens 500000000 --json
 
 It needs the model's config.json and no GPU. Everything is computed from the model's shape by formulas, which are printed; what share of
-drafts or exits is right is left open, and `tune` and `calibrate` measure it.""",
+drafts or exits is right is left open, and `tune` and `calibrate` measure it. The commands train on as many tokens as the GPU-hours are for,
+on the fewest GPUs that hold the model, which dry runs as in `plan` find.""",
         add_arguments=_add_advise,
         run=advise,
     ),

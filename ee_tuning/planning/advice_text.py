@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from ee_tuning.checkpoint.model_size import cached_per_token
 from ee_tuning.json_file import to_json
 from ee_tuning.model_config.config import ModelConfig
-from ee_tuning.planning.advise import FORMULA, SHARES, Way, cached_per_token, gpu_hours, read_sizes
+from ee_tuning.planning.advice_commands import ANSWERS, Run
+from ee_tuning.planning.advise import FORMULA, SHARES, Way, gpu_hours, read_sizes
 from ee_tuning.planning.gpus import Gpu
 from ee_tuning.text_table import table_lines
 
@@ -15,18 +17,19 @@ _BYTES = 2
 
 
 def print_advice(
-    model: ModelConfig, name: str, found: Sequence[Way], gpu: Gpu, *, tokens: int, efficiency: float, as_json: bool
+    model: ModelConfig, name: str, found: Sequence[Way], gpu: Gpu, *, run: Run, efficiency: float, as_json: bool
 ) -> None:
-    """Prints every method, with the GPU-hours of tuning on `tokens` tokens."""
+    """Prints every method, with the GPU-hours of tuning for `run`."""
     model_cached = _BYTES * cached_per_token(model, model.num_layers)
-    hours = [gpu_hours(way.operations, tokens, gpu.tflops, efficiency) for way in found]
+    hours = [gpu_hours(way.operations, run.tokens, gpu.tflops, efficiency) for way in found]
     if as_json:
         tree: dict[str, Any] = {
             "model": name,
             "pass_parameters": read_sizes(model).whole,
             "cached_bytes_per_token": model_cached,
             "gpu": gpu.name,
-            "tokens": tokens,
+            "tokens": run.tokens,
+            "train_iters": run.train_iters,
             "efficiency": efficiency,
             "shares": list(SHARES),
             "ways": [
@@ -52,7 +55,11 @@ def print_advice(
         "GB more and B/token more: what the engine holds besides the model's weights, and keys and values of each token of context, in bfloat16",
         f"speed-ups are what the shapes allow where a share {', '.join(f'{share:g}' for share in SHARES)} of the drafts is right, or of the "
         "tokens leaves. That share has to be measured: validation tells `acceptance` while tuning, `ee-tuning calibrate` the rest",
-        f"GPU-hours: {tokens:,} tokens on {gpu.name} at {efficiency:.0%} of {gpu.tflops:g} Tflop/s (assumed)",
+        f"GPU-hours: tuning on {run.tokens:,} tokens ({run.train_iters:,} steps of {run.global_batch_size} sequences of {run.seq_length:,}), {gpu.name} at "
+        f"{efficiency:.0%} of {gpu.tflops:g} Tflop/s (assumed). The model's own answers, {ANSWERS}, are made before, which is decoding and not "
+        "counted; where they are fewer tokens, tune goes over them again, and more answers teach more than more passes",
+        f"GPUs: the fewest {gpu.name} of {gpu.memory:g} GB, up to 8 or in machines of 8, that hold the tuning run in bfloat16, by a dry run as in `ee-tuning plan`",
+        "TEXTS and HELD_OUT in the commands stand for texts of yours, of the kind that the model will be asked, and HOST for the first machine",
         *(f"  {formula}" for formula in FORMULA),
         "",
     ]
@@ -71,6 +78,7 @@ def _table(found: Sequence[Way], hours: Sequence[float]) -> list[str]:
         "step",
         *(f"× at {share:g}" for share in SHARES),
         "GPU-hours",
+        "GPUs",
     ]
     rows = [
         [
@@ -82,6 +90,7 @@ def _table(found: Sequence[Way], hours: Sequence[float]) -> list[str]:
             f"{way.step:.3f}",
             *(f"{speed_up:.2f}" for speed_up in way.speed_ups),
             f"{spent:,.1f}",
+            f"{way.gpus or 'none'}",
         ]
         for way, spent in zip(found, hours, strict=True)
     ]

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 
 from ee_tuning.errors import InputError
 
+GPUS_PER_NODE = 8
+"""Default number of GPUs per node."""
+RESERVED_GB = 2.0
+"""Memory that each GPU needs for its context, NCCL's buffers and the allocator's losses."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
@@ -54,3 +59,8 @@ def gpu(name: str, **figures: float | None) -> Gpu:
         if not 0 < value < float("inf"):
             raise InputError(f"the figure {field} of a GPU must be above 0, got {value}")
     return dataclasses.replace(GPUS[name], **given)  # type: ignore[arg-type]
+
+
+def room(gpu: Gpu) -> float:
+    """Returns the bytes of a GPU that a job can use."""
+    return (gpu.memory - RESERVED_GB) * 1e9

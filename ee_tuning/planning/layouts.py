@@ -10,7 +10,8 @@ from ee_tuning.artifact.shapes import shape_sources
 from ee_tuning.checkpoint.model_size import parameters_by_part
 from ee_tuning.config import Config, replace
 from ee_tuning.errors import InputError
-from ee_tuning.planning.plan import RESERVED_GB, Cluster, TuningPlan, make_plan
+from ee_tuning.planning.gpus import room
+from ee_tuning.planning.plan import Cluster, TuningPlan, make_plan
 
 _BYTES = {"native": 2.0, "int8": 1.0, "nf4": 0.5}
 """Bytes of a frozen parameter, at least."""
@@ -81,9 +82,10 @@ def _planned(config: Config, cluster: Cluster, tp: int, pp: int, least: float) -
     if pp != config.parallel.pipeline_model_parallel_size:
         sizes["pipeline_layout"] = ()  # the job's own layout, for another number of stages
     data = cluster.world_size // (tp * pp)
-    room = (cluster.gpu.memory - RESERVED_GB) * 1e9
-    if least / (tp * pp) > room:
-        refusal = f"frozen layers alone take {least / (tp * pp) / 1e9:.0f} GB of each GPU's {room / 1e9:.0f}"
+    if least / (tp * pp) > room(cluster.gpu):
+        refusal = (
+            f"frozen layers alone take {least / (tp * pp) / 1e9:.0f} GB of each GPU's {room(cluster.gpu) / 1e9:.0f}"
+        )
         return Layout(tensor=tp, pipeline=pp, data=data, plan=None, refusal=refusal)
     tuning = config.tuning
     if tuning.micro_batch_size > 0 and tuning.global_batch_size % (tuning.micro_batch_size * data):

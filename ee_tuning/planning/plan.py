@@ -12,16 +12,12 @@ from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import check_world_size
 from ee_tuning.planning.dry_fit import FitProfile, profile_fit
 from ee_tuning.planning.dry_run import MEMORY, RankProfile, profile_ranks
-from ee_tuning.planning.gpus import Gpu
+from ee_tuning.planning.gpus import GPUS_PER_NODE, Gpu, room
 
 EFFICIENCY = 0.5
 """Default share of its peak rate that a GPU is assumed to reach."""
-GPUS_PER_NODE = 8
-"""Default number of GPUs per node."""
 MOST_TRIED = 100_000
 """Most nodes, GPUs per node and replicas that are planned: their divisors are tried one by one."""
-RESERVED_GB = 2.0
-"""Memory that each GPU needs for its context, NCCL's buffers and the allocator's losses."""
 
 FORMULA = (
     "micro-batch of stage p = (layers' + heads' operations) ÷ (efficiency × peak operations/s) + (t − 1)/t × bytes gathered and reduced "
@@ -130,7 +126,7 @@ def smallest_plan(config: Config, gpu: Gpu, efficiency: float) -> TuningPlan:
             config, Cluster(gpu=gpu, nodes=world_size // per_node, gpus_per_node=per_node, efficiency=efficiency)
         )
         # More replicas share the optimizer's state, and nothing else.
-        if plan.fits or any(each.total_bytes - each.memory["optimizer"] > _room(gpu) for each in plan.stages):
+        if plan.fits or any(each.total_bytes - each.memory["optimizer"] > room(gpu) for each in plan.stages):
             return plan
     if plan is None:
         raise InputError(
@@ -180,7 +176,7 @@ def make_plan(config: Config, cluster: Cluster) -> TuningPlan:
         pipeline=pp,
         data=dp,
         stages=stages,
-        fits=all(each.fits for each in stages) and fit_bytes <= _room(cluster.gpu),
+        fits=all(each.fits for each in stages) and fit_bytes <= room(cluster.gpu),
         fit_bytes=fit_bytes,
         fit_seconds=fit_seconds,
         seq_length=tuning.seq_length,
@@ -211,11 +207,6 @@ def _check_batch(config: Config, world_size: int) -> None:
         )
 
 
-def _room(gpu: Gpu) -> float:
-    """Returns the bytes of a GPU that a job can use."""
-    return (gpu.memory - RESERVED_GB) * 1e9
-
-
 def _figures(each: RankProfile, cluster: Cluster, tp: int, dp: int, slowest: float) -> StageFigures:
     own, total = _micro_batch(each, cluster, tp, trains=True), sum(each.memory.values())
     replicas = (dp - 1) / dp * each.dp_bytes / cluster.bandwidth(tp * dp)
@@ -226,7 +217,7 @@ def _figures(each: RankProfile, cluster: Cluster, tp: int, dp: int, slowest: flo
         exits=each.exits,
         memory=each.memory,
         total_bytes=total,
-        fits=total <= _room(cluster.gpu),
+        fits=total <= room(cluster.gpu),
         micro_batch=own,
         validation=_micro_batch(each, cluster, tp, trains=False),
         message_share=_tensor_messages(each, cluster, tp) / own,

@@ -6,7 +6,8 @@ from typing import Any
 from ee_tuning.config import Config
 from ee_tuning.json_file import to_json
 from ee_tuning.planning.dry_run import MEMORY
-from ee_tuning.planning.plan import FORMULA, RESERVED_GB, StageFigures, TuningPlan
+from ee_tuning.planning.gpus import RESERVED_GB
+from ee_tuning.planning.plan import FORMULA, StageFigures, TuningPlan
 from ee_tuning.text_table import table_lines
 
 

@@ -1,29 +1,60 @@
 """What is advised is computed; its arithmetic is checked against a second way to the same numbers."""
 
+import argparse
 import dataclasses
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ee_tuning import cli
+from ee_tuning.artifact.shapes import with_seq_length
+from ee_tuning.checkpoint.model_size import parameters_by_part
+from ee_tuning.config import Config, load_config, replace
 from ee_tuning.model_config.config import ModelConfig, read_model_config
+from ee_tuning.parallel.topology import destroy_parallel
+from ee_tuning.planning import fewest_gpus, plan
+from ee_tuning.planning.advice_commands import commands_of, run_of, writes_prompts
 from ee_tuning.planning.advise import (
     FORMULA,
+    Way,
     gpu_hours,
     read_sizes,
     speed_up_by_drafts,
     speed_up_by_threshold,
-    ways,
 )
+from ee_tuning.planning.advise import ways as ways_by_commands
+from ee_tuning.planning.fewest_gpus import FewestGpus, Split
+from ee_tuning.planning.gpus import GPUS, Gpu
+from ee_tuning.planning.plan import Cluster, TuningPlan, make_plan
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.fixture(autouse=True)
+def no_world():
+    """Dry runs imagine a world, and another test's may be left."""
+    if torch.distributed.is_initialized():
+        destroy_parallel()
+
+
 def model(name: str) -> ModelConfig:
     return read_model_config(EXAMPLES / name)
+
+
+def ways(
+    shape: ModelConfig, name: str, ttt_steps: int, *, loads_in_engines: bool = True, gpu: Gpu | None = None
+) -> list[Way]:
+    """Every way, for 100 million tokens, and in one process where no GPU is given."""
+    config = load_config(None, {"model.path": name})
+    known = with_seq_length(config, shape)
+    gpus = FewestGpus(known, shape, gpu) if gpu else None
+    run = run_of(known.tuning, 100_000_000)
+    commands = commands_of(config.model, config.tuning, run, loads_in_engines=loads_in_engines, gpus=gpus)
+    return ways_by_commands(shape, commands, ttt_steps)
 
 
 def test_what_a_token_reads_is_what_transformers_counts():
@@ -64,6 +95,7 @@ def test_speed_ups_are_those_of_simulated_rounds():
     best = max((1 + 0.7 + 0.49 + 0.343) / 1.3, (1 + 0.7 + 0.49) / 1.2, 1.7 / 1.1, sum(0.7**i for i in range(5)) / 1.4)
     assert speed_up_by_drafts(0.7, 0.1) >= best
     assert speed_up_by_drafts(0.2, 0.3) == 1.0, "no draft is made where none pays"
+    assert speed_up_by_drafts(0.7, 0.1, (1.0, 1.0), 0.05) == pytest.approx((1 + 0.7 + 0.49) / 1.25)
     assert speed_up_by_threshold(0.5, [0.5, 0.75], 0.1) == pytest.approx(1 / (0.5 * 0.625 + 0.5 * 1.1))
     assert gpu_hours(6e12, 3600, 1000, 0.5) == pytest.approx(6 * 2 / 1000)
 
@@ -103,7 +135,9 @@ def test_commands_for_engines_name_a_folder_that_they_load():
 
 
 def test_tuning_drafts_costs_what_a_hand_computes():
-    """A fusing map that is charged for every unrolled step, though it runs once."""
+    """A fusing map that is charged for every unrolled step, though it runs once, and one that no round is charged
+    for.
+    """
     exit_, exported, eagle = ways(model("llama-3.1-8b"), "MODEL", 3)[-3:]
     layer = ATTENTION + MLP + NORMS
     whole = 32 * layer + OUTPUT
@@ -112,6 +146,8 @@ def test_tuning_drafts_costs_what_a_hand_computes():
     unrolled = qkv + H * H + MLP + 4 * H + 32_000 * H
     assert eagle.trained == fused + unrolled
     assert eagle.operations == 2 * whole + 6 * (fused + 3 * unrolled)
+    assert eagle.fusing == pytest.approx(fused / whole) and exit_.fusing == exported.fusing == 0
+    assert eagle.speed_ups[0] == speed_up_by_drafts(0.5, unrolled / whole, fusing=fused / whole)
     assert any("--loss lk" in command for command in eagle.commands), "the final head teaches, as its cost says"
 
 
@@ -151,16 +187,22 @@ def test_models_of_few_layers_are_advised(tmp_path, capsys, num_layers):
     assert ("EAGLE-3 head," in capsys.readouterr().out) == (num_layers >= 7)
 
 
+def parsed(command: str) -> argparse.Namespace | None:
+    """What the program makes of a command of its own, under torchrun or not; None for another program."""
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        words = words[words.index("-m") + 1 :]
+        assert words[0] == "ee_tuning"
+    return cli.parse(words[1:]) if words[0] in ("ee-tuning", "ee_tuning") else None
+
+
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-2-70b", "qwen2.5-7b", "tiny-python-llama"])
 def test_commands_that_are_told_can_be_typed(name):
     """Advice with a flag that a command does not know."""
     for way in ways(model(name), "MODEL", 3):
         assert all(speed_up > 0 for speed_up in way.speed_ups) and way.step > 0 and way.operations > 0
         for command in way.commands:
-            program, *words = shlex.split(command)
-            assert program in ("ee-tuning", "vllm")
-            if program == "ee-tuning":
-                cli.parse(words)
+            assert parsed(command) or command.startswith("vllm serve ")
 
 
 def test_drafters_keep_keys_and_values_of_their_own():
@@ -213,3 +255,164 @@ def test_a_model_of_a_billion_layers_is_refused_at_once(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({**tree, "num_hidden_layers": 10**9}))
     assert cli.main(["advise", "--model", str(tmp_path)]) == 2
     assert "num_hidden_layers must be at most 100,000, got 1000000000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--tokens", "5000001"],
+        ["--set", "tuning.global_batch_size=8"],
+        ["--set", "tuning.seq_length=512", "--set", "tuning.ttt_steps=5"],
+    ],
+    ids=" ".join,
+)
+def test_commands_train_on_the_tokens_of_the_table(capsys, flags):
+    """GPU-hours for 100 million tokens beside a run of 1,000 steps, 33 million; other batches than those counted."""
+    assert cli.main(["advise", "--model", str(EXAMPLES / "llama-3.1-8b"), "--json", *flags]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    asked = int(flags[1]) if "--tokens" in flags else 100_000_000
+    for way in tree["ways"]:
+        (tune,) = [args for command in way["commands"] if " tune " in command and (args := parsed(command))]
+        tuning = with_seq_length(load_config(None, tune.overrides)).tuning
+        step = tuning.global_batch_size * tuning.seq_length
+        assert tuning.train_iters * step == tree["tokens"] and asked <= tree["tokens"] < asked + step
+        assert tuning.ttt_steps == (5 if "tuning.ttt_steps=5" in flags else 3)
+        assert way["gpu_hours"] == pytest.approx(gpu_hours(way["operations"], tree["tokens"], 989, 0.5))
+
+
+def test_every_file_that_a_command_reads_is_made_by_one_before_it():
+    """Answers of the model that no command makes."""
+    for name in ("llama-3.1-8b", "tiny-python-llama"):
+        for way in ways(model(name), str(EXAMPLES / name), 3):
+            made = {"TEXTS", "HELD_OUT", "MODEL_FOLDER", str(EXAMPLES / name)}
+            for args in filter(None, map(parsed, way.commands)):
+                named = {key: value for key, value in args.overrides.items() if key.endswith(("path", "paths"))}
+                named["calibration"] = args.overrides.get("generation.calibration")
+                for value in named.values():
+                    assert set([value] if isinstance(value, str) else value or []) <= made, (value, way.commands)
+                folder = args.overrides.get("tuning.run_folder")
+                made |= {f"{folder}/exit_heads"} if folder else {str(getattr(args, "output", None))}
+
+
+def test_a_model_without_a_chat_template_is_asked_given_texts(tmp_path):
+    """`regenerate --own-prompts`, which such a model is refused. A folder of config.json alone tells nothing."""
+    assert not writes_prompts(str(EXAMPLES / "tiny-python-llama")) and writes_prompts(str(EXAMPLES / "llama-3.1-8b"))
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    assert writes_prompts(str(tmp_path)) and writes_prompts("org/name") and writes_prompts("model.gguf")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert not writes_prompts(str(tmp_path))
+    (tmp_path / "chat_template.jinja").write_text("{{ x }}")
+    assert writes_prompts(str(tmp_path))
+    regenerate = [way.commands[0] for way in ways(model("tiny-python-llama"), str(EXAMPLES / "tiny-python-llama"), 3)]
+    assert "regenerate" in regenerate[-1] and "--own-prompts" not in regenerate[-1]
+
+
+@pytest.mark.parametrize(
+    ("family", "expected", "last"),
+    [
+        ("llama", "vLLM, SGLang, llama.cpp, here", "vllm serve eagle3"),
+        ("qwen2", "vLLM, SGLang, here", "vllm serve eagle3"),
+        ("qwen3", "vLLM, here", "vllm serve eagle3"),
+        ("mixtral", "here", "ee-tuning generate"),
+    ],
+)
+def test_engines_are_those_that_take_what_is_exported(family, expected, last):
+    """An EAGLE-3 head of Mixtral's for engines whose Mixtral hands out no states, and llama.cpp left out."""
+    shape = mixtral() if family == "mixtral" else model("llama-3.1-8b")
+    draft, eagle = ways(dataclasses.replace(shape, family=family, has_qk_norm=family == "qwen3"), "MODEL", 3)[-2:]
+    assert draft.runs_in == "vLLM, SGLang, TensorRT-LLM, llama.cpp, transformers"
+    assert eagle.runs_in == expected and eagle.commands[-1].startswith(last)
+
+
+def test_a_model_that_one_gpu_can_not_hold_is_told_the_fewest_that_do(tmp_path):
+    """A tuning run in one process for a model that is larger than the GPU, and more GPUs than `plan` finds enough."""
+    tree = json.loads((EXAMPLES / "llama-3.1-8b" / "config.json").read_text())
+    sizes = {"num_hidden_layers": 4, "vocab_size": 8000, "max_position_embeddings": 64, "eos_token_id": 1}
+    (tmp_path / "config.json").write_text(json.dumps({**tree, **sizes, "bos_token_id": 0, "rope_scaling": None}))
+    shape, small = read_model_config(tmp_path), dataclasses.replace(GPUS["l4"], memory=3.5)
+    assert 2 * parameters_by_part(shape)["all"] > 1.8e9, "of 3.5 GB 2 are kept"
+    tied, _, own, draft = ways(shape, str(tmp_path), 3, gpu=small)
+    for way in (tied, own):
+        assert all(parsed(command) or command.startswith("vllm serve ") for command in way.commands)
+        (command,) = [command for command in way.commands if " tune " in command]
+        job, counts = load_config(None, parsed(command).overrides), []
+        for count in range(1, way.gpus + 1):
+            tensor = max(size for size in (1, 2, 4, 8) if count % size == 0)
+            split = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": count // tensor}
+            cluster = Cluster(gpu=small, nodes=1, gpus_per_node=count, efficiency=0.5)
+            counts += [count] * (count // tensor <= 4 and make_plan(replace(job, parallel=split), cluster).fits)
+        assert counts == [way.gpus], "fewer do not hold it"
+        parallel = job.parallel
+        assert parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size == way.gpus > 1
+        assert command.startswith(f"torchrun --nproc-per-node {way.gpus} -m ee_tuning tune ")
+        for other in way.commands:
+            if any(f" {name} " in other for name in ("generate", "calibrate", "regenerate")):
+                assert other.startswith("torchrun "), "one process holds no such model"
+    assert draft.commands[:2] == own.commands[:2]
+    assert not any("--check" in other for other in draft.commands), "which holds the model in one process, in float32"
+
+
+def test_engines_are_told_the_gpus_that_hold_the_model():
+    """`vllm serve` of 137 GB on one GPU of 80 GB, and a drafter that takes the room of the model."""
+    config = load_config(None, {"model.path": "MODEL"})
+    for name, added, size in (("h100", 0, 2), ("h100", 10 * 10**9, 4), ("l4", 0, 8)):
+        assert FewestGpus(config, model("llama-2-70b"), GPUS[name]).to_serve(added) == size
+    assert FewestGpus(config, model("llama-3.1-8b"), GPUS["h100"]).to_serve(0) == 1
+
+
+def test_many_gpus_are_whole_machines():
+    """16 processes of one machine of 8 GPUs."""
+    split = Split(8, 2)
+    assert split.program.startswith("torchrun --nnodes 2 ") and "--nproc-per-node 8 -m ee_tuning" in split.program
+    assert split.flags == " --tensor-model-parallel-size 8 --pipeline-model-parallel-size 2"
+
+
+def test_a_model_that_one_gpu_holds_is_told_one_process():
+    """A dry run, of seconds, for a model that is small beside its GPU; GPUs that nothing needs."""
+    for name in ("llama-3.1-8b", "tiny-python-llama"):
+        for way in ways(model(name), str(EXAMPLES / name), 3, gpu=GPUS["h100"]):
+            assert way.gpus == 1 and not any("torchrun" in command for command in way.commands)
+            assert not any("parallel-size" in command for command in way.commands)
+
+
+def test_micro_batches_of_one_sequence_come_before_more_gpus(monkeypatch):
+    """More GPUs for a job that fits with a smaller micro-batch, and a micro-batch of the user's that is changed."""
+    config = replace(
+        load_config(None, {"model.path": str(EXAMPLES / "tiny-python-llama")}), tuning={"seq_length": 1024}
+    )
+    shape, job = model("tiny-python-llama"), {"exits.exit_layers": "6", "exits.architecture": "norm"}
+    asked = []
+
+    def planned(own: Config, cluster: Cluster) -> TuningPlan:
+        size = own.tuning.micro_batch_size
+        asked.append((cluster.world_size, size))
+        return SimpleNamespace(
+            cluster=cluster,
+            fit_bytes=0,
+            stages=[
+                SimpleNamespace(
+                    memory={"weights": 0, "optimizer": 0, "heads": 0, "gradients": 0},
+                    total_bytes=40e9 * size / cluster.world_size,
+                )
+            ],
+        )
+
+    monkeypatch.setattr(plan, "make_plan", planned)
+    monkeypatch.setattr(fewest_gpus, "_USUAL_TOKENS", 0)
+    assert FewestGpus(config, shape, GPUS["h100"]).to_tune(job, 6, 1) == Split(1, 1, 1)
+    assert asked == [(1, 4), (1, 1)]
+    own = replace(config, tuning={"micro_batch_size": 8})
+    assert FewestGpus(own, shape, GPUS["h100"]).to_tune(job, 6, 1).num_gpus == 5
+    assert Split(1, 1, 1).flags == " --micro-batch-size 1" and Split(8, 2).num_gpus == 16
+
+
+def test_a_model_that_no_number_of_gpus_holds_is_told_so(capsys):
+    """A command that can not run, printed like one that can, and a table of no GPUs at all."""
+    words = ["advise", "--model", str(EXAMPLES / "tiny-python-llama"), "--gpu-memory", "2.000001"]
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert "# no number of these GPUs was found that holds the next command" in text
+    assert cli.main([*words, "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert [way["gpus"] for way in tree["ways"]] == [0] * 5
