@@ -178,6 +178,8 @@ def advise(args: argparse.Namespace) -> None:
     config = job_of(args)
     from ee_tuning.artifact.shapes import with_seq_length
     from ee_tuning.checkpoint.formats import is_huggingface, read_shape
+    from ee_tuning.data.loader import count_microbatches
+    from ee_tuning.data.splits import check_data_settings
     from ee_tuning.planning.advice_commands import commands_of, run_of
     from ee_tuning.planning.advice_text import print_advice
     from ee_tuning.planning.advise import ways
@@ -193,6 +195,8 @@ def advise(args: argparse.Namespace) -> None:
         )
     model = read_shape(config.model, needs_weights=False)
     known = with_seq_length(config, model)
+    count_microbatches(known.tuning, 1)
+    check_data_settings(known.data, known.tuning.seq_length, model.max_position_embeddings, needs_validation=False)
     run = run_of(known.tuning, args.tokens)
     commands = commands_of(
         config.model,

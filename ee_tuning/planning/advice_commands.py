@@ -116,7 +116,7 @@ class Run:
 
 def run_of(tuning: TuningSection, tokens: int) -> Run:
     """Returns the shortest run of at least `tokens` tokens in batches of `tuning`, whose sequence length is known."""
-    step = max(1, tuning.global_batch_size * tuning.seq_length)
+    step = tuning.global_batch_size * tuning.seq_length
     return Run(train_iters=-(-tokens // step), global_batch_size=tuning.global_batch_size, seq_length=tuning.seq_length)
 
 

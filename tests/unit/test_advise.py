@@ -238,13 +238,19 @@ def test_the_text_and_the_object_tell_the_same(capsys):
         (["--tokens", "1" + "0" * 400], "--tokens must be a number below 2^63"),
         (["--efficiency", "2"], "--efficiency"),
         (["--gpu", "abacus"], "--gpu"),
+        (["--gpu-memory", "-1"], "memory"),
+        (["--set", "tuning.micro_batch_size=3"], "tuning.global_batch_size must be a multiple of micro_batch_size"),
+        (["--set", "tuning.global_batch_size=0"], "tuning.global_batch_size must be at least 1"),
+        (["--set", "tuning.seq_length=-4"], "tuning.seq_length must lie in 1..131072"),
         (["--set", "tuning.ttt_steps=-5"], "tuning.ttt_steps must be at least 1, got -5"),
         (["--set", "tuning.train_iters=1" + "0" * 400], "tuning.train_iters must be a whole number below 2^63"),
     ],
     ids=lambda value: value[0] + value[1][:20] if isinstance(value, list) else "",
 )
 def test_figures_that_make_no_sense_are_refused(capsys, flags, named):
-    """Hours by division by zero, negative ones, and a traceback for a number that no float can hold."""
+    """Hours by division by zero, negative ones, a traceback for a number that no float can hold, and a command for
+    batches that `tune` refuses.
+    """
     assert cli.main(["advise", "--model", str(EXAMPLES / "llama-3.1-8b"), *flags]) == 2
     assert named in capsys.readouterr().err
 
