@@ -78,7 +78,7 @@ class Commands:
 
     def draft(self, exits: str, layer: int, added: int) -> tuple[str, ...]:
         """Returns the commands that write an exit as a draft model, and serve it."""
-        checks = " --check" if self.gpus is None or self.gpus.holds(bytes_per_parameter=4) else ""
+        checks = " --check" if self.gpus is None or self.gpus.holds_in_float32(added) else ""
         words = f"export --format draft --model {self.name} --exits {exits} --exit {layer} --output draft{checks}"
         size = self._served_by(added)
         config: dict[str, Any] = {"method": "draft_model", "model": "draft", "num_speculative_tokens": _DRAFTS}

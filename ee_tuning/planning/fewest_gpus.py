@@ -125,29 +125,28 @@ class FewestGpus:
                 return size
         return None
 
-    def holds(self, bytes_per_parameter: int) -> bool:
-        """Whether one GPU has room for the model's weights alone."""
-        return bytes_per_parameter * self._size["all"] <= room(self._gpu)
+    def holds_in_float32(self, added: int) -> bool:
+        """Whether one GPU has room for the weights of the model and of a drafter of `added` parameters in float32."""
+        return 4 * (self._size["all"] + added) <= room(self._gpu)
 
     def _fewest(self, own: Config, least: float) -> Split:
         """Returns the split of a tuning job, with micro-batches of one sequence where the default ones need more GPUs.
 
         `least`: bytes below which no number of GPUs is tried.
         """
+        single = replace(own, tuning={"micro_batch_size": 1})
+        is_free = own.tuning.micro_batch_size == TuningSection().micro_batch_size
         before = 0
         for count in _COUNTS:
             fewer = range(count if count > GPUS_PER_NODE else before + 1, count)
             plan = self._plan(own, count) if least / count <= room(self._gpu) else None
             if plan is not None and self._fits(plan):
-                found = (each for each in fewer if self._fewer_fit(own, plan, each, least))
-                return self._split(next(found, count))
-            single = replace(own, tuning={"micro_batch_size": 1})
-            is_free = own.tuning.micro_batch_size == TuningSection().micro_batch_size
+                return self._split(next((each for each in fewer if self._fewer_fit(own, plan, each, least)), count))
             if plan is not None and is_free and _kept(plan) <= room(self._gpu):
                 plan = self._plan(single, count)
                 if plan is not None and self._fits(plan):
-                    found = (each for each in fewer if self._fewer_fit(single, plan, each, least))
-                    return dataclasses.replace(self._split(next(found, count)), micro_batch_size=1)
+                    found = next((each for each in fewer if self._fewer_fit(single, plan, each, least)), count)
+                    return dataclasses.replace(self._split(found), micro_batch_size=1)
             before = count
         return Split(fits=False)
 

@@ -13,7 +13,7 @@ import torch
 from ee_tuning import cli
 from ee_tuning.artifact.shapes import with_seq_length
 from ee_tuning.checkpoint.model_size import parameters_by_part
-from ee_tuning.config import Config, load_config, replace
+from ee_tuning.config import Config, ModelSection, TuningSection, load_config, replace
 from ee_tuning.model_config.config import ModelConfig, read_model_config
 from ee_tuning.parallel.topology import destroy_parallel
 from ee_tuning.planning import fewest_gpus, plan
@@ -365,6 +365,18 @@ def test_engines_are_told_the_gpus_that_hold_the_model():
     for name, added, size in (("h100", 0, 2), ("h100", 10 * 10**9, 4), ("l4", 0, 8)):
         assert FewestGpus(config, model("llama-2-70b"), GPUS[name]).to_serve(added) == size
     assert FewestGpus(config, model("llama-3.1-8b"), GPUS["h100"]).to_serve(0) == 1
+
+
+def test_commands_open_the_model_as_advise_did():
+    """A Megatron checkpoint whose shape only the user's flags tell, without them in the commands."""
+    section = ModelSection(path="a model", config="shape.json", trust_pickle=True)
+    tuning = TuningSection(seq_length=2048)
+    commands = commands_of(section, tuning, run_of(tuning, 1), loads_in_engines=False)
+    given = {"model.path": "a model", "model.config": "shape.json", "model.trust_pickle": True}
+    for way in ways_by_commands(model("llama-3.1-8b"), commands, 3):
+        for args in filter(None, map(parsed, way.commands)):
+            found = {key: value for key, value in args.overrides.items() if key.startswith("model.")}
+            assert found in (given, {"model.path": "MODEL_FOLDER"})
 
 
 def test_many_gpus_are_whole_machines():
