@@ -137,7 +137,7 @@ def commands_of(
         served=path if loads_in_engines else MODEL_FOLDER,
         exports=() if loads_in_engines else (f"ee-tuning export --format hf --model {name} --output {MODEL_FOLDER}",),
         run=f" --train-iters {run.train_iters}{_batch_flags(tuning)}",
-        prompts=f"--own-prompts {num_prompts}" if writes_prompts(model.path) else "--data TEXTS",
+        prompts=f"--own-prompts {num_prompts}" if writes_prompts(model.path) else "--data PROMPTS",
         gpus=gpus,
     )
 

@@ -59,7 +59,8 @@ def print_advice(
         f"{efficiency:.0%} of {gpu.tflops:g} Tflop/s (assumed). The model's own answers, {ANSWERS}, are made before, which is decoding and not "
         "counted; where they are fewer tokens, tune goes over them again, and more answers teach more than more passes",
         f"GPUs: the fewest {gpu.name} of {gpu.memory:g} GB, up to 8 or in machines of 8, that hold the tuning run in bfloat16, by a dry run as in `ee-tuning plan`",
-        "TEXTS and HELD_OUT in the commands stand for texts of yours, of the kind that the model will be asked, and HOST for the first machine",
+        "TEXTS and HELD_OUT in the commands stand for texts of yours, of the kind that the model will be asked, PROMPTS for beginnings of such texts, "
+        "and HOST for the first machine",
         *(f"  {formula}" for formula in FORMULA),
         "",
     ]

@@ -291,7 +291,7 @@ def test_every_file_that_a_command_reads_is_made_by_one_before_it():
     """Answers of the model that no command makes."""
     for name in ("llama-3.1-8b", "tiny-python-llama"):
         for way in ways(model(name), str(EXAMPLES / name), 3):
-            made = {"TEXTS", "HELD_OUT", "MODEL_FOLDER", str(EXAMPLES / name)}
+            made = {"TEXTS", "HELD_OUT", "PROMPTS", "MODEL_FOLDER", str(EXAMPLES / name)}
             for args in filter(None, map(parsed, way.commands)):
                 named = {key: value for key, value in args.overrides.items() if key.endswith(("path", "paths"))}
                 named["calibration"] = args.overrides.get("generation.calibration")
