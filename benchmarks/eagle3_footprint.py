@@ -1,7 +1,7 @@
 """Peak disk and memory of tuning an EAGLE-3 head, next to what the hidden states would take if they were written.
 
     python benchmarks/eagle3_footprint.py
-    python benchmarks/eagle3_footprint.py --model SmolLM2-135M-Instruct --data answers.jsonl --steps 20 --seq-length 256
+    python benchmarks/eagle3_footprint.py --model SmolLM2-135M-Instruct --data texts.jsonl --output-vocab 8192
 
 `ee-tuning tune --architecture eagle3` runs as a process of its own, with its run folder, its token cache and its
 temporary files in one folder, whose size is read five times a second. A trainer that computes the states beforehand
@@ -57,6 +57,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=SHIPPED_MODEL)
     parser.add_argument("--data", type=Path, help="default: Python's documentation")
+    parser.add_argument("--output-vocab", type=int, default=0, help="tokens of the head's list (default: all)")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq-length", type=int, default=128)
@@ -75,6 +76,7 @@ def _tune(options: argparse.Namespace, texts: Path, folder: Path) -> "Counter[st
     words = ["--model", options.model, "--architecture", "eagle3", "--loss", "lk", "--data", texts]
     words += ["--train-iters", options.steps, "--seq-length", options.seq_length, "--dtype", options.dtype]
     words += ["--micro-batch-size", options.batch, "--global-batch-size", options.batch]
+    words += ["--output-vocab", options.output_vocab]
     words += ["--set", f"data.cache={folder / 'cache'}", "--set", f"tuning.save_interval={max(1, options.steps // 4)}"]
     command = [sys.executable, "-m", "ee_tuning", "tune", *map(str, words), "--output", str(folder / "run")]
     peak = Counter[str]()
