@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ee_tuning.artifact.eagle3_engines import eagle3_engines
+from ee_tuning.artifact.eagle3_engines import READ, eagle3_engines
 from ee_tuning.artifact.tried_engines import tried_text
 from ee_tuning.checkpoint.model_card import engine_model, origin_text, shell_word, vocab_text
 from ee_tuning.json_file import to_json
 
+_SGLANG = f"SGLang {READ['SGLang']}"
 _READERS = "writes it as vLLM and SGLang load it, `--format speculators` as `vllm serve FOLDER` does."
 
 
@@ -63,11 +64,11 @@ def _sglang(word: str, exits: Mapping[str, Any], num_steps: int) -> list[str]:
     """Returns the command for SGLang, or the reason why it does not run this head."""
     family, draft = exits["model_shape"]["family"], exits["draft"]
     if "SGLang" not in eagle3_engines(family):
-        return [f"SGLang does not run this head: as of 0.5.23 it has no drafting layer for a `{family}`.", ""]
+        return [f"{_SGLANG} does not run this head: it has no drafting layer for a `{family}`.", ""]
     if draft.get("norm_before_residual"):
-        return ["SGLang does not compute this head: as of 0.5.23 it passes over `norm_before_residual`.", ""]
+        return [f"{_SGLANG} does not compute this head: it passes over `norm_before_residual`.", ""]
     if exits["model_shape"]["num_layers"] in draft["aux_layers"]:
-        return ["SGLang does not run this head: as of 0.5.23 it hands out no states behind the last layer.", ""]
+        return [f"{_SGLANG} does not run this head: it hands out no states behind the last layer.", ""]
     return [
         "```bash",
         f"python -m sglang.launch_server --model-path {word} --speculative-algorithm EAGLE3 \\",
@@ -75,7 +76,7 @@ def _sglang(word: str, exits: Mapping[str, Any], num_steps: int) -> list[str]:
         f"    --speculative-eagle-topk 1 --speculative-num-draft-tokens {num_steps + 1}",
         "```",
         "",
-        "Not tried; the flags were read in the source of SGLang 0.5.23.",
+        f"Not tried; the flags were read in the source of {_SGLANG}.",
         "",
     ]
 

@@ -1,11 +1,13 @@
-"""The serving engines that take an EAGLE-3 head, by the family of its model: what the sources of vLLM 0.32.0 and SGLang
-0.5.23 say.
+"""The serving engines that take an EAGLE-3 head, by the family of its model: what their sources say, of the versions
+READ.
 
 An engine needs two things: the model's class must hand out the states of layers (vLLM's `SupportsEagle3`, SGLang's
 `set_eagle3_layers_to_capture`), and the head's class must exist. vLLM's Mixtral and SGLang's do not hand them out, and
 SGLang lacks `Eagle3Qwen3ForCausalLM`, the class of a head with norms of queries and keys.
 """
 
+READ = {"vLLM": "0.32.0", "SGLang": "0.5.23"}
+"""Versions whose sources were read."""
 _ENGINES: dict[str, tuple[str, ...]] = {
     "llama": ("vLLM", "SGLang"),
     "mistral": ("vLLM", "SGLang"),

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -128,6 +129,10 @@ class ChatTemplate:
         """Returns what the template has around a user's first message. Raises InputError where it does not render the
         message as it is, or closes it with nothing.
         """
+        return self._user_turn
+
+    @cached_property
+    def _user_turn(self) -> UserTurn:
         said = "Is it so?"
         beginning, found, behind = self.render(
             [{"role": "user", "content": said}], add_generation_prompt=True

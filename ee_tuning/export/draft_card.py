@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ee_tuning.artifact.eagle3_engines import READ
 from ee_tuning.artifact.tried_engines import tried_text
 from ee_tuning.checkpoint.model_card import (
     TRANSFORMERS_LINES,
@@ -153,7 +154,7 @@ def _sglang(model: str) -> list[str]:
         f"  --speculative-num-steps {NUM_DRAFTS - 1} --speculative-eagle-topk 1 --speculative-num-draft-tokens {NUM_DRAFTS}",
         "```",
         "",
-        f"{NUM_DRAFTS - 1} drafts a round: SGLang counts the token before them, too. Not tried; the flags were read in the source of 0.5.23.",
+        f"{NUM_DRAFTS - 1} drafts a round: SGLang counts the token before them, too. Not tried; the flags were read in the source of {READ['SGLang']}.",
         "",
     ]
 

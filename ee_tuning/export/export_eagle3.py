@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.artifact.eagle3_card import eagle3_card
-from ee_tuning.artifact.eagle3_engines import eagle3_engines
+from ee_tuning.artifact.eagle3_engines import READ, eagle3_engines
 from ee_tuning.artifact.exit_config import exit_config_tree
 from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.checkpoint.hub import hub_name
@@ -56,9 +56,9 @@ def _check_engines(family: str, layout: Layout) -> None:
     engines = eagle3_engines(family)
     if engines if layout == "eagle3" else "vLLM" in engines:
         return
-    whose = "vLLM and SGLang" if layout == "eagle3" else "vLLM"
+    whose = " and ".join(f"{name} {READ[name]}" for name in (("vLLM", "SGLang") if layout == "eagle3" else ("vLLM",)))
     raise InputError(
-        f"--format {layout} writes heads for {whose}, where a {family} takes none (vLLM 0.32.0, SGLang 0.5.23); draft with it "
+        f"--format {layout} writes heads for {whose}, where a {family} takes none; draft with it "
         "here, by ee-tuning generate --policy speculative"
     )
 
